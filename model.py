@@ -1,0 +1,468 @@
+"""The YOLO-NAS-Pose network and the meaning of its outputs.
+
+Owns every nn.Module, the table of sizes, decode, which turns raw outputs into pixels, and the
+reading of weight files, ours and the official ones. Knows nothing about targets, losses,
+thresholds or images.
+
+Read in this order: SIZES, QARepVGG, CSPLayer, Backbone, Neck, Head, RawOutput, decode, YoloNasPose.
+
+Axes    B images   C channels   H, W height and width   K keypoints   R = 17 bins of a distance
+        A anchors: one per cell of each level, so the sum of H/s * W/s over the strides s
+Units   pixels of the padded input, continuous: pixel i covers [i, i + 1)
+
+Attribute names are those of the official checkpoints, so that these load without a table.
+
+Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101.03697
+        QARepVGG, the norm after the sum              https://arxiv.org/abs/2212.01593
+        distances as distributions (GFL)              https://arxiv.org/abs/2006.04388
+"""
+import math
+import pickle
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDES = (8, 16, 32)
+BINS = 17  # a box side lies 0 to 16 strides from the anchor
+BN_EPS = 1e-6
+
+
+class Size(NamedTuple):
+    """One variant of the network: a row of numbers."""
+
+    stem: int            # channels
+    stages: tuple        # 4 x (channels, hidden channels, bottlenecks, keep every output?)
+    neck: tuple          # 4 x (channels, hidden channels, bottlenecks): up, up, down, down
+    heads: tuple         # 3 x (box channels, pose channels)
+    bn_momentum: float   # share of the new batch in the running statistics
+
+
+SIZES = {
+    "n": Size(32,
+              ((64, 32, 2, False), (128, 48, 3, False), (256, 64, 4, False), (512, 128, 2, False)),
+              ((128, 48, 2), (64, 32, 2), (128, 48, 2), (256, 48, 2)),
+              ((48, 48), (88, 168), (168, 168)), 0.03),
+    "s": Size(48,
+              ((96, 32, 2, False), (192, 64, 3, False), (384, 96, 5, False), (768, 192, 2, False)),
+              ((192, 64, 2), (96, 48, 2), (192, 64, 2), (384, 64, 2)),
+              ((64, 64), (128, 256), (256, 256)), 0.1),
+    "m": Size(48,
+              ((96, 64, 2, True), (192, 128, 3, True), (384, 256, 5, True), (768, 384, 2, False)),
+              ((192, 192, 2), (96, 64, 3), (192, 192, 2), (384, 256, 3)),
+              ((96, 96), (192, 384), (384, 384)), 0.1),
+    "l": Size(48,
+              ((96, 96, 2, True), (192, 128, 3, True), (384, 256, 5, True), (768, 512, 2, True)),
+              ((192, 128, 4), (96, 128, 4), (192, 128, 4), (384, 256, 4)),
+              ((128, 128), (256, 512), (512, 512)), 0.03),
+}
+
+
+def fold_bn(weight: Tensor, bias: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (C, c, k, k) and bias (C,) of the convolution that does conv, then bn in eval mode."""
+    scale = bn.weight / (bn.running_var + bn.eps).sqrt()                          # (C,)
+    return weight * scale[:, None, None, None], bn.bias + (bias - bn.running_mean) * scale
+
+
+def conv_with(weight: Tensor, bias: Tensor, stride: int) -> nn.Conv2d:
+    """A convolution with these values: weight (C, c, k, k), k odd, and bias (C,)."""
+    c_out, c_in, kernel, _ = weight.shape
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, device="meta")
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return conv
+
+
+class ConvBNReLU(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H / stride, W / stride)"""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=BN_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def fuse(self) -> None:
+        """Fold the norm into the convolution. For inference only."""
+        bias = torch.zeros_like(self.bn.bias)
+        weight, bias = fold_bn(self.conv.weight, bias, self.bn)
+        self.conv, self.bn = conv_with(weight, bias, self.conv.stride[0]), nn.Identity()
+
+
+class QARepVGG(nn.Module):
+    """3x3 conv + norm, 1x1 conv and, if asked for, the input itself; their sum is normed again.
+
+    (B, c_in, H, W) -> (B, c_out, H / stride, W / stride). fuse() turns all of it into one 3x3
+    convolution. The norm after the sum takes the mean out again, so the biases before it have no
+    effect and a gradient of 0; they stay in the state_dict, but do not train: Adam would turn the
+    rounding noise of that 0 into steps of full size.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1, identity: bool = False):
+        super().__init__()
+        self.stride, self.identity = stride, identity
+        self.branch_3x3 = nn.Sequential(OrderedDict(
+            conv=nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+            bn=nn.BatchNorm2d(c_out, eps=BN_EPS)))
+        self.branch_1x1 = nn.Conv2d(c_in, c_out, 1)
+        self.post_bn = nn.BatchNorm2d(c_out, eps=BN_EPS)
+        self.branch_3x3.bn.bias.requires_grad_(False)
+        self.branch_1x1.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.branch_3x3, nn.Conv2d):  # fused
+            return F.relu(self.branch_3x3(x), inplace=True)
+        # Slicing, then stride 1: a strided 1x1 convolution of a channels_last RGB image writes
+        # out of bounds in its backward pass on the CPU (oneDNN #6035).
+        strided = x[:, :, ::self.stride, ::self.stride] if self.stride > 1 else x
+        y = self.branch_3x3(x) + self.branch_1x1(strided)                # (B, c_out, H/s, W/s)
+        if self.identity:
+            y = y + x
+        return F.relu(self.post_bn(y), inplace=True)
+
+    def fuse(self) -> None:
+        """Become one 3x3 convolution. For inference only."""
+        conv = self.branch_3x3.conv
+        zeros = torch.zeros_like(self.post_bn.bias)
+        weight, bias = fold_bn(conv.weight, zeros, self.branch_3x3.bn)             # (C, c, 3, 3)
+        weight = weight + F.pad(self.branch_1x1.weight, (1, 1, 1, 1))
+        if self.identity:
+            eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+            weight = weight + F.pad(eye[:, :, None, None], (1, 1, 1, 1))
+        weight, bias = fold_bn(weight, bias + self.branch_1x1.bias, self.post_bn)
+        self.branch_3x3 = conv_with(weight, bias, self.stride)
+        self.branch_1x1 = self.post_bn = nn.Identity()
+
+
+class Bottleneck(nn.Module):
+    """Two 3x3 blocks and a skip of learned strength alpha. (B, C, H, W) -> the same."""
+
+    def __init__(self, channels: int, rep: bool):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1))
+        if rep:
+            self.cv1 = QARepVGG(channels, channels, identity=True)
+            self.cv2 = QARepVGG(channels, channels, identity=True)
+        else:
+            self.cv1 = ConvBNReLU(channels, channels, 3)
+            self.cv2 = ConvBNReLU(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alpha * x + self.cv2(self.cv1(x))
+
+
+class CSPLayer(nn.Module):
+    """Cross-stage partial layer: one path goes through `depth` bottlenecks, the other around.
+
+    (B, c_in, H, W) -> (B, c_out, H, W). With keep_all every bottleneck's output reaches the merge,
+    not only the last. rep chooses QARepVGG or plain convolutions in the bottlenecks.
+    """
+
+    def __init__(self, c_in: int, c_out: int, hidden: int, depth: int, keep_all: bool = False,
+                 rep: bool = True):
+        super().__init__()
+        self.keep_all = keep_all
+        self.conv1 = ConvBNReLU(c_in, hidden, 1)
+        self.conv2 = ConvBNReLU(c_in, hidden, 1)
+        self.conv3 = ConvBNReLU(hidden * (2 + keep_all * depth), c_out, 1)
+        self.bottlenecks = nn.ModuleList(Bottleneck(hidden, rep) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = [self.conv1(x)]                                           # (B, hidden, H, W)
+        for bottleneck in self.bottlenecks:
+            deep.append(bottleneck(deep[-1]))                            # (B, hidden, H, W)
+        if not self.keep_all:
+            deep = deep[-1:]
+        return self.conv3(torch.cat([*deep, self.conv2(x)], dim=1))      # (B, c_out, H, W)
+
+
+class SPP(nn.Module):
+    """Spatial pyramid pooling: max over 5, 9 and 13 px windows. (B, C, H, W) -> the same.
+
+    https://arxiv.org/abs/1406.4729
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.cv1 = ConvBNReLU(channels, channels // 2, 1)
+        self.cv2 = ConvBNReLU(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)                                                  # (B, C/2, H, W)
+        pooled = [F.max_pool2d(x, k, 1, k // 2) for k in (5, 9, 13)]
+        return self.cv2(torch.cat([x, *pooled], dim=1))                  # (B, C, H, W)
+
+
+class Stage(nn.Module):
+    """Halve the resolution, then a CSPLayer. (B, c_in, H, W) -> (B, c_out, H/2, W/2)"""
+
+    def __init__(self, c_in: int, c_out: int, hidden: int, depth: int, keep_all: bool):
+        super().__init__()
+        self.downsample = QARepVGG(c_in, c_out, stride=2)
+        self.blocks = CSPLayer(c_out, c_out, hidden, depth, keep_all)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+class Backbone(nn.Module):
+    """Images (B, 3, H, W) to features at strides 4, 8, 16, 32."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.stem = nn.Sequential(OrderedDict(conv=QARepVGG(3, size.stem, stride=2)))
+        channels = [size.stem, *(row[0] for row in size.stages)]
+        for i, row in enumerate(size.stages):
+            setattr(self, f"stage{i + 1}", Stage(channels[i], *row))
+        self.context_module = SPP(channels[-1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c2 = self.stage1(self.stem(x))                                   # (B, C, H/4, W/4)
+        c3 = self.stage2(c2)                                             # (B, C, H/8, W/8)
+        c4 = self.stage3(c3)                                             # (B, C, H/16, W/16)
+        c5 = self.context_module(self.stage4(c4))                        # (B, C, H/32, W/32)
+        return c2, c3, c4, c5
+
+
+class UpStage(nn.Module):
+    """Coarse features, enlarged, meet the same level and the finer one.
+
+    x (B, ., H, W), skip (B, ., 2H, 2W), fine (B, ., 4H, 4W) -> x reduced (B, C, H, W), which the
+    way down uses again, and the merged features (B, C, 2H, 2W).
+    """
+
+    def __init__(self, c_in: int, c_skip: int, c_fine: int, c_out: int, hidden: int, depth: int):
+        super().__init__()
+        self.reduce_skip1 = ConvBNReLU(c_skip, c_out, 1)
+        self.reduce_skip2 = ConvBNReLU(c_fine, c_out, 1)
+        self.conv = ConvBNReLU(c_in, c_out, 1)
+        self.upsample = nn.ConvTranspose2d(c_out, c_out, 2, stride=2)
+        self.downsample = ConvBNReLU(c_out, c_out, 3, stride=2)
+        self.reduce_after_concat = ConvBNReLU(3 * c_out, c_out, 1)
+        self.blocks = CSPLayer(c_out, c_out, hidden, depth)
+        self.upsample.bias.requires_grad_(False)  # the next norm cancels it, as in QARepVGG
+
+    def forward(self, x: Tensor, skip: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = self.conv(x)                                           # (B, C, H, W)
+        y = torch.cat([self.upsample(reduced), self.reduce_skip1(skip),
+                       self.downsample(self.reduce_skip2(fine))], dim=1)   # (B, 3C, 2H, 2W)
+        return reduced, self.blocks(self.reduce_after_concat(y))         # (B, C, 2H, 2W)
+
+
+class DownStage(nn.Module):
+    """x (B, c_in, 2H, 2W), skip (B, ., H, W) -> (B, c_out, H, W)"""
+
+    def __init__(self, c_in: int, c_skip: int, c_out: int, hidden: int, depth: int):
+        super().__init__()
+        self.conv = ConvBNReLU(c_in, c_out // 2, 3, stride=2)
+        self.blocks = CSPLayer(c_out // 2 + c_skip, c_out, hidden, depth, rep=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.blocks(torch.cat([self.conv(x), skip], dim=1))       # (B, c_out, H, W)
+
+
+class Neck(nn.Module):
+    """Features at strides 4, 8, 16, 32 to pyramid levels at strides 8, 16, 32 (PAFPN)."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        c2, c3, c4, c5 = (row[0] for row in size.stages)
+        up1, up2, down1, down2 = size.neck
+        self.neck1 = UpStage(c5, c4, c3, *up1)
+        self.neck2 = UpStage(up1[0], c3, c2, *up2)
+        self.neck3 = DownStage(up2[0], up2[0], *down1)
+        self.neck4 = DownStage(down1[0], up1[0], *down2)
+
+    def forward(self, c2: Tensor, c3: Tensor, c4: Tensor, c5: Tensor) -> list[Tensor]:
+        coarse, x = self.neck1(c5, c4, c3)
+        middle, p3 = self.neck2(x, c3, c2)                               # (B, C, H/8, W/8)
+        p4 = self.neck3(p3, middle)                                      # (B, C, H/16, W/16)
+        p5 = self.neck4(p4, coarse)                                      # (B, C, H/32, W/32)
+        return [p3, p4, p5]
+
+
+def head_conv(c_in: int, c_out: int, kernel: int) -> nn.Module:
+    """A ConvBNReLU under the name that official heads give it."""
+    return nn.Sequential(OrderedDict(seq=ConvBNReLU(c_in, c_out, kernel)))
+
+
+class Head(nn.Module):
+    """One level's features (B, c_in, h, w) to four maps, one cell an anchor.
+
+    Returns person and keypoint logits (B, 1 + K, h, w), box (B, 4 * R, h, w), pose (B, 2K, h, w).
+    The keypoint logits come from the box path: the architecture search left them there.
+    """
+
+    def __init__(self, c_in: int, box: int, pose: int, pose_depth: int, num_keypoints: int):
+        super().__init__()
+        self.pose_stem = head_conv(c_in, pose, 1)
+        self.bbox_stem = head_conv(c_in, box, 1)
+        self.cls_convs = nn.Sequential(head_conv(box, box, 3))
+        self.reg_convs = nn.Sequential(head_conv(box, box, 3))
+        self.pose_convs = nn.Sequential(*(head_conv(pose, pose, 3) for _ in range(pose_depth)))
+        self.cls_pred = nn.Conv2d(box, 1 + num_keypoints, 1)
+        self.reg_pred = nn.Conv2d(box, 4 * BINS, 1)
+        self.pose_pred = nn.Conv2d(pose, 2 * num_keypoints, 1)
+        # Every score starts at 0.01, or the background would drown the first steps.
+        nn.init.constant_(self.cls_pred.bias, -math.log(99))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        box, pose = self.bbox_stem(x), self.pose_stem(x)
+        return (self.cls_pred(self.cls_convs(box)), self.reg_pred(self.reg_convs(box)),
+                self.pose_pred(self.pose_convs(pose)))
+
+
+class RawOutput(NamedTuple):
+    """All the network says, before any threshold. s is the stride of the anchor's level."""
+
+    cls_logits: Tensor   # (B, A)        person or background
+    box_logits: Tensor   # (B, A, 4, R)  center to left, top, right, bottom edge; bin r is r * s px
+    kpt_offsets: Tensor  # (B, A, K, 2)  x, y from the cell's top left corner, in strides
+    kpt_logits: Tensor   # (B, A, K)     keypoint labeled or not
+    centers: Tensor      # (A, 2)        cell centers, px
+    strides: Tensor      # (A, 1)        px
+
+    def promote(self) -> "RawOutput":
+        """The same in float32 at least: half precision moves keypoints by pixels."""
+        dtype = torch.promote_types(self.cls_logits.dtype, torch.float32)
+        return RawOutput(*(t.to(dtype) for t in self))
+
+
+class Decoded(NamedTuple):
+    """Raw outputs as pixels and probabilities, one row an anchor."""
+
+    boxes: Tensor       # (B, A, 4)     x1, y1, x2, y2, px
+    scores: Tensor      # (B, A)        person, in [0, 1]
+    keypoints: Tensor   # (B, A, K, 2)  x, y, px
+    kpt_scores: Tensor  # (B, A, K)     in [0, 1]
+
+
+def make_anchors(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One anchor per cell of every level. Return centers (A, 2) px and strides (A, 1) px."""
+    centers, strides = [], []
+    for s in STRIDES:
+        y = (torch.arange(height // s, device=device) + 0.5) * s
+        x = (torch.arange(width // s, device=device) + 0.5) * s
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")                      # (H/s, W/s)
+        centers.append(torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 2))      # (H/s * W/s, 2)
+        strides.append(torch.full((len(centers[-1]), 1), float(s), device=device))
+    return torch.cat(centers), torch.cat(strides)
+
+
+def decode(raw: RawOutput) -> Decoded:
+    """Raw outputs to boxes, scores and keypoints in px of the padded input. Differentiable.
+
+    Computed in float32, or in float64 if raw is. Boxes are not clipped to the image.
+    """
+    raw = raw.promote()
+    bins = torch.arange(BINS, device=raw.centers.device, dtype=raw.centers.dtype)  # (R,) strides
+    edges = (raw.box_logits.softmax(-1) * bins).sum(-1) * raw.strides              # (B, A, 4) px
+    boxes = torch.cat([raw.centers - edges[..., :2], raw.centers + edges[..., 2:]], dim=-1)
+    corners = raw.centers - raw.strides / 2                                        # (A, 2) px
+    keypoints = corners[:, None] + raw.kpt_offsets * raw.strides[:, None]          # (B, A, K, 2)
+    return Decoded(boxes, raw.cls_logits.sigmoid(), keypoints, raw.kpt_logits.sigmoid())
+
+
+class YoloNasPose(nn.Module):
+    """Images (B, 3, H, W), RGB in [0, 1], H and W multiples of 32, to a RawOutput.
+
+    size is a row of SIZES. Raises ValueError for an unknown one.
+    """
+
+    def __init__(self, size: str, num_keypoints: int = 17):
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} unknown; choose one of {', '.join(SIZES)}")
+        row = SIZES[size]
+        self.size, self.num_keypoints = size, num_keypoints
+        self.backbone = Backbone(row)
+        self.neck = Neck(row)
+        levels = [row.neck[i][0] for i in (1, 2, 3)]
+        self.heads = nn.ModuleDict({
+            f"head{i + 1}": Head(levels[i], *row.heads[i], depth, num_keypoints)
+            for i, depth in enumerate((2, 2, 3))})
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = row.bn_momentum
+
+    def forward(self, images: Tensor) -> RawOutput:
+        b, k = len(images), self.num_keypoints
+        levels = self.neck(*self.backbone(images))
+        maps = [head(x) for head, x in zip(self.heads.values(), levels)]
+        # (B, c, h, w) of three levels -> (B, A, c)
+        cls, box, pose = (torch.cat([m.flatten(2) for m in kind], dim=2).transpose(1, 2)
+                          for kind in zip(*maps))
+        centers, strides = make_anchors(*images.shape[2:], images.device)
+        return RawOutput(cls[..., 0], box.reshape(b, -1, 4, BINS), pose.reshape(b, -1, k, 2),
+                         cls[..., 1:], centers, strides)
+
+    @torch.no_grad()
+    def fuse(self) -> "YoloNasPose":
+        """Fold every branch and every norm into one convolution each, in place. Returns self.
+
+        The outputs in eval mode stay the same; training is no longer possible.
+        """
+        for module in self.modules():
+            if isinstance(module, (ConvBNReLU, QARepVGG)):
+                module.fuse()
+        return self.eval().requires_grad_(False)
+
+
+def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
+    """Read a checkpoint, ours or official. Return its state_dict in our convention, and the file.
+
+    Of ours the EMA is taken where there is one. An official file (super-gradients) holds ema_net,
+    net, or is the state_dict itself. Official weights see BGR and pixel indices, ours RGB and
+    continuous coordinates, which lie half a pixel further; both differences are moved into the
+    weights here. The official placeholders for fused kernels (rbr_reparam) are dropped.
+
+    Raises ValueError if the file is no checkpoint or needs pickled code, which is never run.
+    """
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of plain tensors ({str(error).splitlines()[0]}); "
+                         f"give a .pt of train.py or an official .pth") from None
+    if not isinstance(file, dict):
+        raise ValueError(f"{path} holds a {type(file).__name__}, expected a checkpoint dict")
+    if file.get("format") == "nanopose":
+        return file["ema"] if "ema" in file else file["model"], file
+
+    state = file.get("ema_net", file.get("net", file))
+    if not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path} holds {sorted(map(str, file))[:5]}, expected ema_net, net or a "
+                         f"state_dict of tensors")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): t for name, t in state.items()}
+    state = {name: t for name, t in state.items() if ".rbr_reparam." not in name}
+    for name in ("branch_3x3.conv.weight", "branch_1x1.weight"):
+        if (name := f"backbone.stem.conv.{name}") in state:
+            state[name] = state[name].flip(1)
+    for i, stride in enumerate(STRIDES):
+        if (name := f"heads.head{i + 1}.pose_pred.bias") in state:
+            state[name] = state[name] + 0.5 / stride
+    return state, file
+
+
+def load_weights(model: nn.Module, path: str) -> dict[str, list[str]]:
+    """Copy the tensors of a checkpoint that fit by name and shape into the model.
+
+    Returns the names under loaded; skipped, for another shape; missing, in the model alone;
+    unused, in the file alone. Raises ValueError as read_weights does, or if nothing fits.
+    """
+    state, _ = read_weights(path)
+    report = {"loaded": [], "skipped": [], "missing": [], "unused": []}
+    own = model.state_dict()
+    for name, tensor in own.items():
+        fits = name in state and state[name].shape == tensor.shape
+        report["loaded" if fits else "skipped" if name in state else "missing"].append(name)
+        if fits:
+            tensor.copy_(state[name])
+    report["unused"] = [name for name in state if name not in own]
+    if not report["loaded"]:
+        raise ValueError(f"{path}: none of its {len(state)} tensors fits this model; is it a "
+                         f"YOLO-NAS-Pose checkpoint?")
+    return report
