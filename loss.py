@@ -1,0 +1,249 @@
+"""Which anchor learns which person, and how wrong it is.
+
+Owns OKS, the task-aligned assigner and the five loss terms. Knows nothing about images, files or
+optimizers: it imports torch and torchvision.ops, so you can read, test and replace it alone.
+
+Read in this order: oks, assign, PoseLoss.
+
+Axes    B images   A anchors   M people in one image   K keypoints   R distance bins
+        P slots for anchors that learn a person
+Units   coordinates are pixels of the padded network input; boxes are x1, y1, x2, y2;
+        a keypoint is x, y, v with v = 0 not labeled, 1 labeled but hidden, 2 labeled and visible
+
+Papers  task-aligned assignment (TOOD)     https://arxiv.org/abs/2108.07755
+        focal loss; with soft targets      https://arxiv.org/abs/1708.02002, 2006.04388 (QFL, DFL)
+        complete IoU                       https://arxiv.org/abs/1911.08287
+        OKS as a training loss             https://arxiv.org/abs/2204.06806
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import complete_box_iou_loss
+
+# Share of a person's box that the body covers. COCO scores OKS with the segment area, which the
+# loss does not have; 0.53 is the usual stand-in.
+BODY_SHARE_OF_BOX = 0.53
+EPS = 1e-9
+
+
+def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Tensor) -> Tensor:
+    """Object keypoint similarity: how well a predicted pose lies on a labeled one.
+
+    pred     (..., K, 2)  predicted x, y, px
+    target   (..., K, 2)  labeled x, y, px
+    labeled  (..., K)     bool; keypoints that are not labeled do not count
+    area     (...)        object area, px^2
+    sigmas   (K,)         spread of each keypoint as a share of sqrt(area); belongs to the data set
+    returns  (...)        mean over labeled keypoints of exp(-distance^2 / (8 sigma^2 area));
+                          0 where no keypoint is labeled.
+
+    The leading axes broadcast, so people (B, M, 1, K, 2) against anchors (B, 1, A, K, 2) give
+    (B, M, A); the loop over K keeps everything at that size.
+    Raises ValueError if the numbers of keypoints and of sigmas differ.
+    COCO's metric: https://cocodataset.org/#keypoints-eval.
+    """
+    if pred.shape[-2] != len(sigmas):
+        raise ValueError(f"pose has {pred.shape[-2]} keypoints but there are {len(sigmas)} sigmas; "
+                         f"both must come from the same data set")
+    total = 0.0
+    for k in range(len(sigmas)):
+        dx = pred[..., k, 0] - target[..., k, 0]                                  # (...) px
+        dy = pred[..., k, 1] - target[..., k, 1]                                  # (...) px
+        tolerance = 8 * sigmas[k].square() * (area + EPS)                         # (...) px^2
+        total = total + torch.exp(-(dx * dx + dy * dy) / tolerance) * labeled[..., k]
+    return total / (labeled.sum(-1) + EPS)
+
+
+def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
+    """IoU of boxes (B, M, 4) with boxes (B, A, 4) px, to (B, M, A).
+
+    torchvision's box_iou takes one image and no eps; a padded person here has no area.
+    """
+    low = torch.maximum(people[:, :, None, :2], anchors[:, None, :, :2])          # (B, M, A, 2)
+    high = torch.minimum(people[:, :, None, 2:], anchors[:, None, :, 2:])         # (B, M, A, 2)
+    overlap = (high - low).clamp(min=0).prod(-1)                                  # (B, M, A)
+    area = (people[..., 2:] - people[..., :2]).clamp(min=0).prod(-1)              # (B, M)
+    anchor_area = (anchors[..., 2:] - anchors[..., :2]).clamp(min=0).prod(-1)     # (B, A)
+    return overlap / (area[:, :, None] + anchor_area[:, None] - overlap + EPS)
+
+
+def inside(centers: Tensor, boxes: Tensor) -> Tensor:
+    """Which anchor centers (A, 2) lie in which boxes (B, M, 4): bool (B, M, A)."""
+    low = centers - boxes[:, :, None, :2]                                         # (B, M, A, 2)
+    high = boxes[:, :, None, 2:] - centers                                        # (B, M, A, 2)
+    return (torch.minimum(low, high) > EPS).all(-1)
+
+
+@torch.no_grad()
+def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, centers: Tensor, gt_boxes: Tensor,
+           gt_keypoints: Tensor, people: Tensor, sigmas: Tensor, topk: int = 13, alpha: float = 1.0,
+           beta: float = 6.0, oks_floor: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Choose the anchors that learn each person (task-aligned assignment).
+
+    1. quality     box IoU x OKS: how well an anchor already predicts a person
+    2. metric      score^alpha x quality^beta: good at finding and at placing the person
+    3. candidates  per person, the topk anchors of highest metric whose center is in the box
+    4. conflicts   an anchor wanted by several people goes to the one it predicts best, even if
+                   that one did not ask for it
+    5. weight      the metric, rescaled so that a person's best anchor weighs its best quality
+
+    scores     (B, A) in [0, 1]                 gt_boxes      (B, M, 4)    px
+    boxes      (B, A, 4)    px                  gt_keypoints  (B, M, K, 3) px, px, v
+    keypoints  (B, A, K, 2) px                  people        (B, M)       bool, False for padding
+    centers    (A, 2)       px                  sigmas        (K,)
+    returns    person (B, A) int64, a row of gt_boxes, or -1 for background;
+               weight (B, A) in [0, 1], the class target; 0 for background
+    M >= 1, but an image may have no people.
+
+    A fresh network has OKS near 0, and its 6th power is lost beside any epsilon: the reference
+    gives about half of the people no target at all. The cure, two parts: an OKS below oks_floor
+    counts as oks_floor, so that IoU ranks the first anchors, and quality is measured against the
+    person's best before it is raised to beta. oks_floor = 0 is the reference's exact rule.
+    """
+    visible = gt_keypoints[..., 2] > 0                                            # (B, M, K)
+    area = BODY_SHARE_OF_BOX * (gt_boxes[..., 2:] - gt_boxes[..., :2]).prod(-1)   # (B, M) px^2
+    # 1
+    similarity = oks(keypoints[:, None], gt_keypoints[:, :, None, :, :2], visible[:, :, None],
+                     area[:, :, None], sigmas)                                    # (B, M, A)
+    quality = pairwise_iou(gt_boxes, boxes) * similarity.clamp(min=oks_floor)     # (B, M, A)
+    allowed = inside(centers, gt_boxes) & people[..., None]                       # (B, M, A)
+    # 2
+    eps, unit = EPS, 1.0
+    if oks_floor > 0:
+        eps = torch.finfo(quality.dtype).tiny
+        unit = (quality * allowed).amax(2, keepdim=True).clamp(min=eps)           # (B, M, 1)
+    metric = scores[:, None].pow(alpha) * (quality / unit).pow(beta) * allowed    # (B, M, A)
+    # 3
+    best = metric.topk(min(topk, metric.shape[2]), dim=2).indices                 # (B, M, topk)
+    wanted = torch.zeros_like(allowed).scatter_(2, best, True) & allowed          # (B, M, A)
+    # 4
+    first = wanted.int().argmax(1)                                                # (B, A)
+    predicted_best = (quality * people[..., None]).argmax(1)                      # (B, A)
+    claims = wanted.sum(1)                                                        # (B, A)
+    person = torch.where(claims > 1, predicted_best, first).masked_fill(claims == 0, -1)
+    rows = torch.arange(people.shape[1], device=person.device)[:, None]           # (M, 1)
+    owned = person[:, None] == rows                                               # (B, M, A)
+    # 5
+    metric = metric * owned
+    scale = (quality * owned).amax(2, keepdim=True) / (metric.amax(2, keepdim=True) + eps)
+    return person, (metric * scale).amax(1)
+
+
+def focal_bce(logits: Tensor, target: Tensor) -> Tensor:
+    """|p - target|^2 x binary cross-entropy for soft targets in [0, 1]. Any shape, elementwise."""
+    error = (logits.sigmoid() - target).square()
+    return error * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
+    """Cross-entropy of the two bins around each true distance, mean over the four sides.
+
+    box_logits (..., 4, R), distances (..., 4) in strides, cut to the reach of the bins -> (...)
+    """
+    reach = box_logits.shape[-1] - 1 - 0.01
+    distances = distances.clamp(0, reach)                                         # (..., 4)
+    low = distances.floor()                                                       # (..., 4)
+    bins = torch.stack([low, low + 1], dim=-1).long()                             # (..., 4, 2)
+    share = torch.stack([low + 1 - distances, distances - low], dim=-1)           # (..., 4, 2)
+    log_p = box_logits.log_softmax(-1).gather(-1, bins)                           # (..., 4, 2)
+    return -(share * log_p).sum(-1).mean(-1)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, P) of values (B, N, ...), to (B, P, ...)."""
+    return values[torch.arange(len(index), device=index.device)[:, None], index]
+
+
+class LossWeights(NamedTuple):
+    """What each term counts. These are the values for sizes n and s."""
+
+    cls: float = 1.0        # person or background
+    iou: float = 2.5        # box
+    dfl: float = 0.01       # box, as a distribution; m and l: 0.5
+    pose_cls: float = 1.0   # keypoint labeled or not
+    pose_reg: float = 34.0  # keypoint position; m and l: 10
+
+
+class PoseLoss:
+    """The five weighted terms of YOLO-NAS-Pose, summed over anchors and not yet divided.
+
+    Whoever steps the optimizer divides the gradient once, by the sum of assigned scores over all
+    images of the step, on all processes and in all accumulated batches: only so do these add up
+    to the gradient of one large batch.
+
+    reference=True is the exact rule of the original for crowds and for the start, see assign.
+    Otherwise crowd regions and people without labeled keypoints are ignore boxes: an anchor that
+    lies in one, and that nobody claims, is neither person nor background.
+    """
+
+    def __init__(self, sigmas: Tensor, weights: LossWeights = LossWeights(), topk: int = 13,
+                 alpha: float = 1.0, beta: float = 6.0, oks_floor: float = 0.1,
+                 reference: bool = False):
+        self.sigmas, self.weights, self.reference = sigmas, weights, reference
+        self.topk, self.alpha, self.beta = topk, alpha, beta
+        self.oks_floor = 0.0 if reference else oks_floor
+
+    def __call__(self, raw, decoded, targets: dict[str, Tensor]) -> tuple[dict, Tensor]:
+        """Weighted term sums {name: ()} and the assigned-score sum (), in float32 at least.
+
+        raw      model.RawOutput, after promote()
+        decoded  model.Decoded of it
+        targets  boxes (B, M, 4) px, without area where there is nobody; keypoints (B, M, K, 3)
+                 px, px, v; crowd (B, M) bool. M >= 1.
+        """
+        gt_boxes, gt_keypoints, crowd = (targets[name] for name in ("boxes", "keypoints", "crowd"))
+        gt_boxes, gt_keypoints = gt_boxes.to(raw.centers), gt_keypoints.to(raw.centers)
+        sigmas = self.sigmas.to(raw.centers)
+        real = (gt_boxes[..., 2:] > gt_boxes[..., :2]).all(-1)                    # (B, M)
+        labeled = (gt_keypoints[..., 2] > 0).any(-1)                              # (B, M)
+        people = real if self.reference else real & labeled & ~crowd              # (B, M)
+
+        person, weight = assign(decoded.scores, decoded.boxes, decoded.keypoints, raw.centers,
+                                gt_boxes, gt_keypoints, people, sigmas, self.topk, self.alpha,
+                                self.beta, self.oks_floor)                        # (B, A) twice
+        if self.reference:
+            weight = weight * ~take(crowd, person.clamp(min=0))
+            counted = torch.ones_like(weight)                                     # (B, A)
+        else:
+            ignored = inside(raw.centers, gt_boxes) & (real & ~people)[..., None]    # (B, M, A)
+            counted = 1.0 - (ignored.any(1) & (person < 0)).to(weight)            # (B, A)
+        cls = (focal_bce(raw.cls_logits, weight) * counted).sum()
+
+        # At most topk anchors a person learn one. Taking that many of highest weight is a fixed
+        # number, so nothing waits for the GPU to count; slots left over have weight 0.
+        slots = min(self.topk * gt_boxes.shape[1], weight.shape[1])
+        weight, anchor = weight.topk(slots, dim=1)                                # (B, P)
+        row = take(person, anchor).clamp(min=0)                                   # (B, P)
+        terms = self.person_terms(raw, decoded, anchor, take(gt_boxes, row),
+                                  take(gt_keypoints, row), weight, sigmas)
+        terms = {"cls": cls, **terms}
+        return ({name: value * getattr(self.weights, name) for name, value in terms.items()},
+                weight.sum())
+
+    def person_terms(self, raw, decoded, anchor: Tensor, boxes: Tensor, keypoints: Tensor,
+                     weight: Tensor, sigmas: Tensor) -> dict[str, Tensor]:
+        """The four terms of anchors that learn a person: anchor (B, P) and what it should say.
+
+        boxes (B, P, 4) px, keypoints (B, P, K, 3) px, px, v, weight (B, P).
+        """
+        # A slot without a person gets a box of 1 px: any finite value will do, weight is 0.
+        unit_box = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+        boxes = torch.where(weight[..., None] > 0, boxes, unit_box)               # (B, P, 4)
+        strides, centers = raw.strides[anchor], raw.centers[anchor]               # (B, P, 1 or 2)
+        iou = complete_box_iou_loss(take(decoded.boxes, anchor) / strides, boxes / strides,
+                                    eps=1e-10)                                    # (B, P)
+        distances = torch.cat([centers - boxes[..., :2], boxes[..., 2:] - centers], -1) / strides
+        dfl = distribution_focal_loss(take(raw.box_logits, anchor), distances)    # (B, P)
+
+        labeled = (keypoints[..., 2] > 0).to(weight)                              # (B, P, K)
+        kpt_logits = take(raw.kpt_logits, anchor)                                 # (B, P, K)
+        balance = 0.75 - 0.5 * labeled
+        pose_cls = (balance * focal_bce(kpt_logits, labeled)).mean(-1)            # (B, P)
+        area = BODY_SHARE_OF_BOX * (boxes[..., 2:] - boxes[..., :2]).prod(-1)     # (B, P) px^2
+        similarity = oks(take(decoded.keypoints, anchor), keypoints[..., :2], labeled, area, sigmas)
+        some = labeled.sum(-1)
+        pose_reg = some / (some + EPS) - similarity                               # (B, P) 1 - OKS
+        terms = {"iou": iou, "dfl": dfl, "pose_cls": pose_cls, "pose_reg": pose_reg}
+        return {name: (term * weight).sum() for name, term in terms.items()}
