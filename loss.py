@@ -110,11 +110,11 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, centers: Tensor, gt
     quality = pairwise_iou(gt_boxes, boxes) * similarity.clamp(min=oks_floor)     # (B, M, A)
     allowed = inside(centers, gt_boxes) & people[..., None]                       # (B, M, A)
     # 2
-    eps, unit = EPS, 1.0
+    eps, relative = EPS, quality * allowed                                        # (B, M, A)
     if oks_floor > 0:
         eps = torch.finfo(quality.dtype).tiny
-        unit = (quality * allowed).amax(2, keepdim=True).clamp(min=eps)           # (B, M, 1)
-    metric = scores[:, None].pow(alpha) * (quality / unit).pow(beta) * allowed    # (B, M, A)
+        relative = relative / relative.amax(2, keepdim=True).clamp(min=eps)       # (B, M, A)
+    metric = scores[:, None].pow(alpha) * relative.pow(beta)                      # (B, M, A)
     # 3
     best = metric.topk(min(topk, metric.shape[2]), dim=2).indices                 # (B, M, topk)
     wanted = torch.zeros_like(allowed).scatter_(2, best, True) & allowed          # (B, M, A)
@@ -185,7 +185,8 @@ class PoseLoss:
         self.topk, self.alpha, self.beta = topk, alpha, beta
         self.oks_floor = 0.0 if reference else oks_floor
 
-    def __call__(self, raw, decoded, targets: dict[str, Tensor]) -> tuple[dict, Tensor]:
+    def __call__(self, raw, decoded, targets: dict[str, Tensor],
+                 sigma_scale: float = 1.0) -> tuple[dict, Tensor]:
         """Weighted term sums {name: ()} and the assigned-score sum (), in float32 at least.
 
         raw      model.RawOutput, after promote()
@@ -195,7 +196,7 @@ class PoseLoss:
         """
         gt_boxes, gt_keypoints, crowd = (targets[name] for name in ("boxes", "keypoints", "crowd"))
         gt_boxes, gt_keypoints = gt_boxes.to(raw.centers), gt_keypoints.to(raw.centers)
-        sigmas = self.sigmas.to(raw.centers)
+        sigmas = self.sigmas.to(raw.centers) * sigma_scale
         real = (gt_boxes[..., 2:] > gt_boxes[..., :2]).all(-1)                    # (B, M)
         labeled = (gt_keypoints[..., 2] > 0).any(-1)                              # (B, M)
         people = real if self.reference else real & labeled & ~crowd              # (B, M)

@@ -1,0 +1,475 @@
+"""COCO keypoints from disk to padded batches.
+
+Owns the file format, the skeleton, every augmentation, the padding and its inverse, and the order
+in which images are seen. Knows nothing about the network.
+
+Read in this order: Annotations, Augment, random_geometry, CocoPose, Stream, make_loader.
+
+Axes    B images   S side of the padded input   M people in one image   K keypoints
+        N images of the set   T people of the set
+
+A sample is a dict; this list is the only definition of its keys:
+    image      (S, S, 3) uint8, RGB
+    boxes      (M, 4)    float32, x1, y1, x2, y2, px of the padded input
+    keypoints  (M, K, 3) float32, x px, y px, v: 0 not labeled, 1 hidden, 2 visible
+    crowd      (M,)      bool, the box holds a crowd
+    image_id   int, the json's id
+    matrix     (2, 3)    float64, px of the file to px of the padded input
+
+Pixels: coordinates are continuous. Pixel i covers [i, i + 1) and its center is i + 0.5, as Pillow
+resamples and as COCO's boxes are drawn. COCO's keypoints are pixel *indices*: reading adds 0.5,
+writing results subtracts it, and nothing in between knows.
+
+Geometry: whatever happens to an image (mirror, rotation, zoom, mosaic, padding) is one 3 x 3
+matrix, so its pixels are resampled once and its points move by the same numbers.
+"""
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+COCO_NAMES = ["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder",
+              "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+              "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"]
+COCO_SIGMAS = [.026, .025, .025, .035, .035, .079, .079, .072, .072, .062, .062, .107, .107, .087,
+               .087, .089, .089]
+DEFAULT_SIGMA = 0.05   # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
+BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
+PAD_COLOR = (127, 127, 127)
+PAD_MODES = ("center", "bottom_right")
+
+
+class Skeleton(NamedTuple):
+    """What belongs to a keypoint set; plain lists, so that it fits into a checkpoint."""
+
+    names: list[str]        # K
+    flip: list[int]         # K: row k of a mirrored person is row flip[k] of the original
+    edges: list[list[int]]  # pairs of keypoints that a line joins, counted from 0
+    sigmas: list[float]     # K: spread of each keypoint as a share of sqrt(area)
+
+
+class Annotations(NamedTuple):
+    """A json as flat arrays: lists of dicts would be copied page by page into every worker.
+
+    People of image i are rows offsets[i] to offsets[i + 1].
+    """
+
+    files: np.ndarray      # (N,) file names
+    ids: np.ndarray        # (N,) int64
+    sizes: np.ndarray      # (N, 2) int64, width, height, px
+    offsets: np.ndarray    # (N + 1,) int64
+    boxes: np.ndarray      # (T, 4) float32, x1, y1, x2, y2, px
+    keypoints: np.ndarray  # (T, K, 3) float32, x px, y px, v; continuous coordinates
+    crowd: np.ndarray      # (T,) bool
+
+
+def find_split(root: str, split: str) -> tuple[str, str]:
+    """The json and the image folder of a split: ROOT/SPLIT/ or ROOT/images/SPLIT/.
+
+    Raises FileNotFoundError if neither folder is there.
+    """
+    folders = [os.path.join(root, split), os.path.join(root, "images", split)]
+    for folder in folders:
+        if os.path.isdir(folder):
+            return os.path.join(root, "annotations", f"person_keypoints_{split}.json"), folder
+    raise FileNotFoundError(f"no folder {folders[0]} or {folders[1]}; expected the split's images")
+
+
+def read_json(path: str) -> dict:
+    """Load a COCO keypoint file and refuse any that cannot train a pose model.
+
+    area, iscrowd and num_keypoints are filled in where they are missing: pycocotools needs them.
+    Raises FileNotFoundError or ValueError; the message says which record is wrong and what to do.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} not found; expected a COCO keypoint json (COCO's are in "
+                                f"annotations_trainval2017.zip)")
+    with open(path) as f:
+        coco = json.load(f)
+    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
+        raise ValueError(f"{path}: expected the keys images, annotations and categories of COCO's "
+                         f"format; export your labels as COCO keypoints")
+    if len(coco["categories"]) != 1 or "keypoints" not in coco["categories"][0]:
+        raise ValueError(f"{path}: categories {[c.get('name') for c in coco['categories']]}, "
+                         f"expected exactly one, with keypoint names; use person_keypoints_*.json, "
+                         f"not instances_*.json")
+    known = {image["id"] for image in coco["images"]}
+    numbers = 3 * len(coco["categories"][0]["keypoints"])
+    for ann in coco["annotations"]:
+        if ann["image_id"] not in known:
+            raise ValueError(f"{path}: annotation {ann['id']} belongs to image {ann['image_id']}, "
+                             f"which is not in the file; remove it or add the image")
+        if len(ann["keypoints"]) != numbers:
+            raise ValueError(f"{path}: annotation {ann['id']} has {len(ann['keypoints'])} keypoint "
+                             f"numbers, expected {numbers} (x, y, v for each name)")
+        width, height = ann["bbox"][2:]
+        if not (math.isfinite(sum(ann["bbox"]) + sum(ann["keypoints"])) and min(width, height) >= 0):
+            raise ValueError(f"{path}: annotation {ann['id']} has a box or keypoint that is not a "
+                             f"finite number or a negative box size: bbox {ann['bbox']}; mend it")
+        ann.setdefault("iscrowd", 0)
+        ann.setdefault("area", BODY_SHARE_OF_BOX * width * height)
+        ann.setdefault("num_keypoints", sum(v > 0 for v in ann["keypoints"][2::3]))
+    return coco
+
+
+def flatten(coco: dict, only_people: bool = False) -> Annotations:
+    """The images of a json, in order of id, and their people, in continuous coordinates.
+
+    only_people leaves out images without a labeled person. Raises ValueError if nothing is left.
+    """
+    images = sorted(coco["images"], key=lambda image: image["id"])
+    people = {image["id"]: [] for image in images}
+    for ann in coco["annotations"]:
+        people[ann["image_id"]].append(ann)
+    if only_people:
+        images = [image for image in images if any(
+            a["num_keypoints"] and not a["iscrowd"] for a in people[image["id"]])]
+    if not images:
+        raise ValueError("no image is left" + only_people * ": nobody is labeled in any of them")
+
+    rows = [ann for image in images for ann in people[image["id"]]]
+    boxes = np.array([ann["bbox"] for ann in rows], np.float32).reshape(-1, 4)         # (T, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    k = len(coco["categories"][0]["keypoints"])
+    keypoints = np.array([ann["keypoints"] for ann in rows], np.float32).reshape(-1, k, 3)
+    keypoints[..., :2] += 0.5  # from pixel index to the middle of the pixel
+    return Annotations(
+        files=np.array([image["file_name"] for image in images]),
+        ids=np.array([image["id"] for image in images], np.int64),
+        sizes=np.array([[image["width"], image["height"]] for image in images], np.int64),
+        offsets=np.cumsum([0] + [len(people[image["id"]]) for image in images]),
+        boxes=boxes, keypoints=keypoints,
+        crowd=np.array([bool(ann["iscrowd"]) for ann in rows], bool))
+
+
+def read_skeleton(coco: dict, flip_pairs: str | None = None,
+                  sigmas: list[float] | None = None) -> Skeleton:
+    """Names, mirror order, lines and sigmas of a json's category.
+
+    flip_pairs  "left_a:right_a,left_b:right_b"; otherwise names that start with left_ and right_
+    sigmas      K numbers; otherwise the category's, COCO's for COCO's names, or DEFAULT_SIGMA
+    Raises ValueError for a name that is not there, one in two pairs, or a wrong number of sigmas.
+    """
+    category = coco["categories"][0]
+    names = category["keypoints"]
+    if flip_pairs is None:
+        pairs = [(n, "right_" + n[5:]) for n in names
+                 if n.startswith("left_") and "right_" + n[5:] in names]
+    else:
+        pairs = [tuple(pair.split(":")) for pair in flip_pairs.split(",") if pair]
+    flip = list(range(len(names)))
+    for pair in pairs:
+        if len(pair) != 2 or not set(pair) <= set(names):
+            raise ValueError(f"flip pair {':'.join(pair)} does not name two of the keypoints "
+                             f"{', '.join(names)}")
+        a, b = names.index(pair[0]), names.index(pair[1])
+        if flip[a] != a or flip[b] != b or a == b:
+            raise ValueError(f"flip pair {':'.join(pair)} uses a keypoint twice")
+        flip[a], flip[b] = b, a
+    if sigmas is None:
+        default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
+        sigmas = category.get("sigmas", default)
+    if len(sigmas) != len(names) or min(sigmas) <= 0:
+        raise ValueError(f"{len(sigmas)} sigmas for {len(names)} keypoints; expected one positive "
+                         f"number for each of {', '.join(names)}")
+    edges = [[a - 1, b - 1] for a, b in category.get("skeleton", [])]
+    return Skeleton(list(names), flip, edges, [float(s) for s in sigmas])
+
+
+class Augment(NamedTuple):
+    """How much a training image is changed; these are the values for sizes n and s."""
+
+    mosaic: float = 0.5      # probability of a 2 x 2 collage with three other images
+    flip: float = 0.5        # probability of a mirror image
+    contrast: float = 0.5    # probability of another brightness and contrast
+    contrast_range: float = 0.2    # factors lie in 1 - this ... 1 + this
+    bgr: float = 0.0         # probability of exchanged red and blue
+    hsv: float = 0.5         # probability of another hue, saturation and value
+    hsv_gain: float = 20.0   # largest change: hue in 2 degrees, the others in percent
+    rotate90: float = 0.0    # probability of a turn by 0, 90, 180 or 270 degrees
+    affine: float = 0.75     # probability of rotation, zoom and shift
+    degrees: float = 5.0     # largest rotation
+    scale: tuple = (0.75, 1.5)     # zoom
+    translate: float = 0.1   # largest shift, as a share of width and height
+
+
+MOSAIC = Augment()
+MOSAIC_HEAVY = Augment(contrast=0.75, contrast_range=0.3, bgr=0.5, hsv=0.75, hsv_gain=25.0,
+                       rotate90=0.5, degrees=7.0, scale=(0.6, 1.75))
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one sample, whatever the number of workers, ranks or resumes."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+def matrix3(a: float, b: float, c: float, d: float, e: float, f: float) -> np.ndarray:
+    """The map x' = a x + b y + c, y' = d x + e y + f as a (3, 3) matrix."""
+    return np.array([[a, b, c], [d, e, f], [0.0, 0.0, 1.0]])
+
+
+def move(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Points (..., 2) px through a (2 or 3, 3) matrix, in float64."""
+    return points @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def undo(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The inverse of move: px of the padded input (..., 2) back to px of the file."""
+    return (points - matrix[:2, 2]) @ np.linalg.inv(matrix[:2, :2]).T
+
+
+def random_geometry(width: int, height: int, rng: np.random.Generator,
+                    augment: Augment) -> tuple[np.ndarray, int, int]:
+    """Mirror, quarter turns, rotation, zoom and shift: (3, 3) matrix, new width and height px.
+
+    The frame keeps the image's size (turned with it); what leaves the frame is cut off.
+    """
+    matrix = np.eye(3)
+    if rng.random() < augment.flip:
+        matrix = matrix3(-1, 0, width, 0, 1, 0)
+    if rng.random() < augment.rotate90:
+        for _ in range(rng.integers(4)):
+            matrix = matrix3(0, 1, 0, -1, 0, width) @ matrix
+            width, height = height, width
+    if rng.random() < augment.affine:
+        angle = math.radians(rng.uniform(-augment.degrees, augment.degrees))
+        zoom = rng.uniform(*augment.scale)
+        dx, dy = rng.uniform(-augment.translate, augment.translate, 2) * (width, height)
+        cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
+        from_middle = matrix3(1, 0, -width / 2, 0, 1, -height / 2)
+        to_middle = matrix3(1, 0, width / 2 + dx, 0, 1, height / 2 + dy)
+        matrix = to_middle @ matrix3(cos, sin, 0, -sin, cos, 0) @ from_middle @ matrix
+    return matrix, width, height
+
+
+def random_color(mean: np.ndarray, rng: np.random.Generator,
+                 augment: Augment) -> np.ndarray | None:
+    """Brightness, contrast, red-blue exchange, hue, saturation, value as one (3, 4) matrix.
+
+    mean (3,) is the image's mean color, about which contrast turns. All of these are linear, or
+    nearly so, so they cost one product per pixel: see Image.convert. None means no change.
+    """
+    color = np.eye(3, 4)
+    if rng.random() < augment.contrast:
+        contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.contrast_range
+        color = np.column_stack([contrast * np.eye(3), mean * (brightness - contrast)])
+    if rng.random() < augment.bgr:
+        color = color[::-1]
+    if rng.random() < augment.hsv:
+        change = rng.uniform(-1, 1, 3) * augment.hsv_gain * (rng.random(3) < 0.5)
+        hue, saturation, value = math.radians(2 * change[0]), 1 + change[1] / 100, 1 + change[2] / 100
+        about_gray = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+        turn = (math.cos(hue) * np.eye(3) + (1 - math.cos(hue)) / 3 + math.sin(hue) * about_gray)
+        gray = np.tile([0.299, 0.587, 0.114], (3, 1))
+        color = value * (saturation * np.eye(3) + (1 - saturation) * gray) @ turn @ color
+    return None if np.array_equal(color, np.eye(3, 4)) else color
+
+
+def letterbox(width: int, height: int, size: int, pad: str) -> np.ndarray:
+    """Scale the longer side to `size` px and pad: (3, 3) matrix. pad is one of PAD_MODES."""
+    zoom = size / max(width, height)
+    if pad == "bottom_right":
+        return matrix3(zoom, 0, 0, 0, zoom, 0)
+    left, top = ((size - max(round(side * zoom), 1)) // 2 for side in (width, height))
+    return matrix3(zoom, 0, left, 0, zoom, top)
+
+
+def collage(frames: list[tuple[int, int]]) -> tuple[list[tuple[float, float]], int, int]:
+    """Where four frames (width, height) go in a 2 x 2 mosaic: corners x, y and the whole's size.
+
+    The four meet in the middle row; each row is centered. A single frame stays where it is.
+    """
+    if len(frames) == 1:
+        return [(0, 0)], *frames[0]
+    (w0, h0), (w1, h1), (w2, h2), (w3, h3) = frames
+    top, width = max(h0, h1), max(w0 + w1, w2 + w3)
+    left, right = (width - w0 - w1) // 2, (width - w2 - w3) // 2
+    corners = [(left, top - h0), (left + w0, top - h1), (right, top), (right + w2, top)]
+    return corners, width, top + max(h2, h3)
+
+
+def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.Image, int]:
+    """The image as RGB, shrunk by a power of two as far as a later `zoom` allows; that power.
+
+    The later resampling then reduces by less than 2, or it would alias. JPEG files decode at the
+    reduced size at once. Rotation tags (EXIF) are ignored, as COCO's json ignores them.
+    Raises ValueError if the file's size is not the json's, OSError if it cannot be read.
+    """
+    image = Image.open(path)
+    if image.size != (width, height):
+        raise ValueError(f"{path} is {image.width}x{image.height} px, its json says "
+                         f"{width}x{height}; fix the json, or the file")
+    shrink = 2 ** max(math.floor(-math.log2(zoom)), 0) if zoom < 1 else 1
+    drafted = 1
+    if shrink > 1 and image.format == "JPEG":
+        image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
+        drafted = 2 ** round(math.log2(max(width, height) / max(image.size)))
+    image = image.convert("RGB")
+    if shrink > drafted:
+        image = image.reduce(shrink // drafted)
+    return image, shrink
+
+
+class CocoPose(Dataset):
+    """Item (epoch, i) is the sample dict (see the top) of image i, changed as that epoch wants.
+
+    augment None leaves images as they are: scaled, padded and nothing else.
+    keep_ignored keeps crowds and people without a labeled keypoint in view; else they are dropped,
+    and crowds that have keypoints count as people, as in the original recipe.
+    """
+
+    def __init__(self, annotations: Annotations, folder: str, skeleton: Skeleton, size: int,
+                 pad: str, augment: Augment | None = None, seed: int = 0,
+                 keep_ignored: bool = True):
+        self.annotations, self.folder, self.skeleton = annotations, folder, skeleton
+        self.size, self.pad, self.augment, self.seed = size, pad, augment, seed
+        self.keep_ignored = keep_ignored
+
+    def __len__(self) -> int:
+        return len(self.annotations.ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        rng = sample_rng(self.seed, epoch, index)
+        indices, augment = [index], self.augment
+        if augment is not None and rng.random() < augment.mosaic:
+            indices += [int(i) for i in rng.integers(len(self), size=3)]
+        sizes = [tuple(self.annotations.sizes[i].tolist()) for i in indices]
+        if augment is None:
+            frames = [(np.eye(3), width, height) for width, height in sizes]
+        else:
+            frames = [random_geometry(width, height, rng, augment) for width, height in sizes]
+
+        corners, width, height = collage([(w, h) for _, w, h in frames])
+        fit = letterbox(width, height, self.size, self.pad)
+        canvas = Image.new("RGB", (self.size, self.size), PAD_COLOR)
+        people = []
+        for i, (matrix, w, h), (x, y) in zip(indices, frames, corners):
+            region = move(np.array([[x, y], [x + w, y + h]]), fit).reshape(4)  # x1, y1, x2, y2
+            matrix = fit @ matrix3(1, 0, x, 0, 1, y) @ matrix
+            self.paint(canvas, i, matrix, region, rng)
+            people.append(self.people(i, matrix, region))
+        boxes, keypoints, crowd = (np.concatenate(part) for part in zip(*people))
+        return {"image": np.asarray(canvas), "boxes": boxes, "keypoints": keypoints,
+                "crowd": crowd, "image_id": int(self.annotations.ids[index]),
+                "matrix": matrix[:2]}
+
+    def paint(self, canvas: Image.Image, index: int, matrix: np.ndarray, region: np.ndarray,
+              rng: np.random.Generator) -> None:
+        """Resample image `index` through the (3, 3) matrix into region (4,) px of the canvas."""
+        path = os.path.join(self.folder, str(self.annotations.files[index]))
+        width, height = self.annotations.sizes[index].tolist()
+        zoom = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+        image, shrink = open_image(path, width, height, zoom)
+        if self.augment is not None:
+            # Before resampling, so that the padding around the image keeps its color.
+            mean = np.array(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+            color = random_color(mean, rng, self.augment)
+            if color is not None:
+                image = image.convert("RGB", tuple(color.ravel().tolist()))
+        left, top, right, bottom = (int(v) for v in np.floor(region + 0.5))
+        if right <= left or bottom <= top:
+            return
+        # Pillow asks where each output pixel comes from: the inverse, from px of the region.
+        source = np.linalg.inv(matrix @ np.diag([shrink, shrink, 1.0])) @ matrix3(1, 0, left,
+                                                                                 0, 1, top)
+        patch = image.transform((right - left, bottom - top), Image.Transform.AFFINE,
+                                tuple(source[:2].ravel().tolist()), Image.Resampling.BILINEAR,
+                                fillcolor=PAD_COLOR)
+        canvas.paste(patch, (left, top))
+
+    def people(self, index: int, matrix: np.ndarray,
+               region: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut.
+
+        Keypoints outside region (4,) px become unlabeled. Somebody with no labeled keypoint left,
+        or with a box under 1 px^2, keeps a box with nothing labeled: neither person nor
+        background. Somebody out of view is dropped.
+        """
+        a = self.annotations
+        rows = slice(a.offsets[index], a.offsets[index + 1])
+        boxes, keypoints, crowd = a.boxes[rows], a.keypoints[rows], a.crowd[rows]
+        corners = move(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), matrix)   # (M, 4, 2)
+        low, high = region[:2], region[2:]
+        boxes = np.concatenate([corners.min(1).clip(low, high), corners.max(1).clip(low, high)],
+                               axis=1)                                                # (M, 4)
+        xy = move(keypoints[..., :2], matrix)                                         # (M, K, 2)
+        labeled = (keypoints[..., 2] > 0) & ((xy >= low) & (xy < high)).all(-1)       # (M, K)
+        width, height = (boxes[:, 2:] - boxes[:, :2]).T
+        labeled &= (width * height >= 1)[:, None]
+        visibility = np.where(labeled, keypoints[..., 2], 0)[..., None]               # (M, K, 1)
+        keypoints = np.concatenate([np.where(labeled[..., None], xy, 0), visibility], -1)
+        if np.linalg.det(matrix[:2, :2]) < 0:
+            keypoints = keypoints[:, self.skeleton.flip]
+        keep = (width > 0) & (height > 0)
+        if not self.keep_ignored:
+            keep, crowd = keep & labeled.any(1), np.zeros_like(crowd)
+        return boxes[keep].astype(np.float32), keypoints[keep].astype(np.float32), crowd[keep]
+
+
+def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images (B, 3, S, S) uint8 and targets: boxes (B, M, 4), keypoints (B, M, K, 3), crowd (B, M).
+
+    M is the batch's largest, at least 1; rows without a person are 0. image_id (B,) and matrix
+    (B, 2, 3) come along.
+    """
+    b, m = len(samples), max(1, *(len(s["boxes"]) for s in samples))
+    k = samples[0]["keypoints"].shape[1]
+    targets = {"boxes": torch.zeros(b, m, 4), "keypoints": torch.zeros(b, m, k, 3),
+               "crowd": torch.zeros(b, m, dtype=torch.bool)}
+    for i, sample in enumerate(samples):
+        for name, tensor in targets.items():
+            tensor[i, :len(sample[name])] = torch.from_numpy(sample[name])
+    targets["image_id"] = torch.tensor([s["image_id"] for s in samples])
+    targets["matrix"] = torch.from_numpy(np.stack([s["matrix"] for s in samples]))
+    images = torch.from_numpy(np.stack([s["image"] for s in samples]))                 # (B, S, S, 3)
+    return images.permute(0, 3, 1, 2), targets
+
+
+class Stream:
+    """Batches of (epoch, index) for steps start to stop of an endless stream of shuffled epochs.
+
+    Step k takes positions k G to (k + 1) G - 1 of the stream, G = batch_size * world_size *
+    accumulate, so there is no tail, and the order depends on the seed and G alone. Each step is
+    `accumulate` batches; this process is number `rank` of world_size.
+    """
+
+    def __init__(self, images: int, seed: int, batch_size: int, start: int, stop: int,
+                 rank: int = 0, world_size: int = 1, accumulate: int = 1):
+        self.images, self.seed, self.batch_size = images, seed, batch_size
+        self.start, self.stop = start, stop
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        shuffled = -1
+        for micro in range(self.start * self.accumulate, self.stop * self.accumulate):
+            first = (micro * self.world_size + self.rank) * self.batch_size
+            batch = []
+            for position in range(first, first + self.batch_size):
+                epoch, i = divmod(position, self.images)
+                if epoch != shuffled:
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+                    shuffled = epoch
+                batch.append((epoch, int(order[i])))
+            yield batch
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulate
+
+
+def one_thread(worker: int) -> None:
+    """Loader processes share the machine with each other: one thread each."""
+    torch.set_num_threads(1)
+
+
+def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
+    """Batches of collate for an iterable of lists of (epoch, index)."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=device.type == "cuda", worker_init_fn=one_thread)

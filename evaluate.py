@@ -1,0 +1,225 @@
+"""From raw outputs to COCO keypoint AP.
+
+    python evaluate.py --data DIR --weights runs/train/best.pt
+
+Owns thresholds, NMS, COCO result dicts and scoring. Knows nothing about training.
+
+Read in this order: select, to_coco, keypoint_ap, evaluate.
+
+Axes    B images   A anchors   D detections kept in one image   K keypoints
+Protocol: all images of the split count, with and without people; one scale, no mirroring; the
+score of a result is the person score alone; pycocotools does the scoring, at most 20 a image.
+"""
+import argparse
+import contextlib
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.ops import nms
+
+from data import (PAD_MODES, CocoPose, Skeleton, find_split, flatten, make_loader, read_json,
+                  read_skeleton, undo)
+from model import Decoded, YoloNasPose, decode, read_weights
+
+METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
+           "AR", "AR50", "AR75", "AR_medium", "AR_large")
+
+
+def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
+           pre: int = 300, post: int = 20) -> Tensor:
+    """Which anchors of one image are detections, best first: indices (D,), D <= post.
+
+    boxes (A, 4) px, scores (A,). Keeps scores of at least conf, of those the best `pre`, and drops
+    what overlaps a better one by more than iou.
+    """
+    kept = (scores >= conf).nonzero()[:, 0]                                       # (D,)
+    if len(kept) > pre:
+        kept = kept[scores[kept].topk(pre).indices]                               # (pre,)
+    return kept[nms(boxes[kept].float(), scores[kept].float(), iou)[:post]]
+
+
+def to_coco(image_id: int, category_id: int, scores: np.ndarray, keypoints: np.ndarray,
+            kpt_scores: np.ndarray) -> list[dict]:
+    """Detections of one image as COCO results; keypoints (D, K, 2) in px of the file.
+
+    scores (D,), kpt_scores (D, K). COCO counts pixel indices, hence the 0.5. There is no "bbox" in
+    a result: with one, pycocotools would take its area instead of the pose's.
+    """
+    rows = np.concatenate([keypoints - 0.5, kpt_scores[..., None]], axis=-1)      # (D, K, 3)
+    return [{"image_id": image_id, "category_id": category_id, "score": float(score),
+             "keypoints": row.ravel().tolist()} for score, row in zip(scores, rows)]
+
+
+def quiet_coco(labels: dict) -> COCO:
+    """pycocotools' index of a json that is already read, without its prints."""
+    coco = COCO()
+    coco.dataset = labels
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def merge_ranks(by_image: dict[int, list[dict]]) -> dict[int, list[dict]]:
+    """Join every process's {image_id: results}; keyed by image, so that a repeat counts once."""
+    if not dist.is_initialized():
+        return by_image
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, by_image)
+    return {image_id: found for share in shares for image_id, found in share.items()}
+
+
+def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
+                sigmas: Sequence[float]) -> dict[str, float]:
+    """The ten COCO keypoint numbers over the images in by_image.
+
+    by_image    image_id -> results of to_coco. An image without detections must be there with an
+                empty list: left out, it would not be scored, and AP would look better than it is.
+    -1 means that no labeled person is in that class of sizes.
+    """
+    results = [result for found in by_image.values() for result in found]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
+        if results:
+            found = truth.loadRes(results)
+        else:  # loadRes fails on an empty list, which is normal in a first epoch
+            found = quiet_coco({**truth.dataset, "annotations": []})
+        scorer = COCOeval(truth, found, "keypoints")
+        scorer.params.imgIds = sorted(by_image)
+        scorer.params.kpt_oks_sigmas = np.asarray(sigmas)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return dict(zip(METRICS, map(float, scorer.stats)))
+
+
+def detect(decoded: Decoded, targets: dict[str, Tensor], category_id: int, conf: float,
+           iou: float) -> dict[int, list[dict]]:
+    """A batch's detections {image_id: results}, in px of the files."""
+    by_image = {}
+    for b, image_id in enumerate(targets["image_id"].tolist()):
+        kept = select(decoded.boxes[b], decoded.scores[b], conf, iou)
+        keypoints = undo(decoded.keypoints[b, kept].double().cpu().numpy(),
+                         targets["matrix"][b].numpy())
+        by_image[image_id] = to_coco(image_id, category_id, decoded.scores[b, kept].cpu().numpy(),
+                                     keypoints, decoded.kpt_scores[b, kept].cpu().numpy())
+    return by_image
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """Loader's images (B, 3, S, S) uint8 to network input in [0, 1] on the device, channels_last."""
+    return images.to(device, non_blocking=True).float().div_(255)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence[float],
+             device: torch.device, conf: float = 0.01, iou: float = 0.7,
+             progress: bool = False) -> tuple[dict[str, float], dict[int, list[dict]]]:
+    """Metrics of the model (in eval mode) on the loader's images, and its results by image.
+
+    With several processes each brings its share of the images; process 0 scores all of them and
+    tells the others, so that every process takes the same decisions.
+    """
+    category_id = truth.dataset["categories"][0]["id"]
+    by_image, start = {}, time.time()
+    for images, targets in loader:
+        by_image |= detect(decode(model(to_input(images, device))), targets, category_id, conf, iou)
+        if progress:
+            rate = len(by_image) / (time.time() - start)
+            print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
+                  flush=True)
+    if progress:
+        print()
+    by_image = merge_ranks(by_image)
+    if not dist.is_initialized():
+        return keypoint_ap(truth, by_image, sigmas), by_image
+    metrics = [keypoint_ap(truth, by_image, sigmas) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(metrics, src=0)
+    return metrics[0], by_image
+
+
+def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list:
+    """This process's share of a split, each image once: lists of (epoch, index), epoch 0."""
+    mine = [(0, i) for i in range(rank, images, world_size)]
+    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--data", required=True, metavar="DIR",
+                   help="COCO root: annotations/person_keypoints_SPLIT.json and SPLIT/")
+    p.add_argument("--weights", required=True, metavar="FILE",
+                   help="checkpoint of train.py, or an official one")
+    p.add_argument("--split", default="val2017")
+    p.add_argument("--model", choices=["n", "s", "m", "l"], help="for an official checkpoint")
+    p.add_argument("--image-size", type=int, help="px; default: the checkpoint's, else 640")
+    p.add_argument("--pad", choices=PAD_MODES, help="default: the checkpoint's, else bottom_right")
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--workers", type=int, default=2, help="loader processes")
+    p.add_argument("--conf", type=float, default=0.01, help="smallest person score")
+    p.add_argument("--iou", type=float, default=0.7, help="NMS: largest overlap of two people")
+    p.add_argument("--metrics", metavar="FILE", help="write the ten numbers as json")
+    p.add_argument("--results", metavar="FILE", help="write the detections as COCO results")
+    return p.parse_args(argv)
+
+
+def load_model(path: str, size: str | None = None) -> tuple[YoloNasPose, dict]:
+    """The network of a checkpoint with its weights in eval mode, and the checkpoint's other parts.
+
+    size is needed for official files, which do not name theirs. Raises ValueError.
+    """
+    state, file = read_weights(path)
+    if file.get("format") != "nanopose":
+        if size is None:
+            raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l")
+        file = {"args": {"model": size}}
+    k = state["heads.head1.pose_pred.bias"].shape[0] // 2
+    model = YoloNasPose(file["args"]["model"], k)
+    model.load_state_dict(state)
+    return model.eval(), file
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, file = load_model(args.weights, args.model)
+        labels, folder = find_split(args.data, args.split)
+        labels = read_json(labels)
+        skeleton = Skeleton(**file["skeleton"]) if "skeleton" in file else read_skeleton(labels)
+        names = labels["categories"][0]["keypoints"]
+        if names != skeleton.names or len(names) != model.num_keypoints:
+            raise ValueError(f"{args.weights} predicts {model.num_keypoints} keypoints "
+                             f"{skeleton.names}, the data has {names}; they must be the same")
+        annotations = flatten(labels)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    size = args.image_size or file["args"].get("image_size", 640)
+    pad = args.pad or file["args"].get("val_pad", "bottom_right")
+    dataset = CocoPose(annotations, folder, skeleton, size, pad)
+    loader = make_loader(dataset, val_batches(len(dataset), args.batch_size), args.workers, device)
+    print(f"{len(dataset)} images of {args.split}, {size} px, {pad}, conf {args.conf}, "
+          f"NMS {args.iou}, at most 20 detections an image")
+    metrics, by_image = evaluate(model.to(device), loader, quiet_coco(labels), skeleton.sigmas,
+                                 device, args.conf, args.iou, progress=True)
+    for name, value in metrics.items():
+        print(f"{name:10} {value:.4f}")
+    if args.metrics:
+        with open(args.metrics, "w") as f:
+            json.dump(metrics, f, indent=1)
+    if args.results:
+        with open(args.results, "w") as f:
+            json.dump([result for found in by_image.values() for result in found], f)
+
+
+if __name__ == "__main__":
+    main()
