@@ -110,7 +110,8 @@ def read_json(path: str) -> dict:
             raise ValueError(f"{path}: annotation {ann['id']} has {len(ann['keypoints'])} keypoint "
                              f"numbers, expected {numbers} (x, y, v for each name)")
         width, height = ann["bbox"][2:]
-        if not (math.isfinite(sum(ann["bbox"]) + sum(ann["keypoints"])) and min(width, height) >= 0):
+        finite = math.isfinite(sum(ann["bbox"]) + sum(ann["keypoints"]))
+        if not finite or min(width, height) < 0:
             raise ValueError(f"{path}: annotation {ann['id']} has a box or keypoint that is not a "
                              f"finite number or a negative box size: bbox {ann['bbox']}; mend it")
         ann.setdefault("iscrowd", 0)
@@ -149,8 +150,7 @@ def flatten(coco: dict, only_people: bool = False) -> Annotations:
         crowd=np.array([bool(ann["iscrowd"]) for ann in rows], bool))
 
 
-def read_skeleton(coco: dict, flip_pairs: str | None = None,
-                  sigmas: list[float] | None = None) -> Skeleton:
+def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
     """Names, mirror order, lines and sigmas of a json's category.
 
     flip_pairs  "left_a:right_a,left_b:right_b"; otherwise names that start with left_ and right_
@@ -201,6 +201,7 @@ class Augment(NamedTuple):
 
 
 MOSAIC = Augment()
+FLIP = Augment(mosaic=0.0, contrast=0.0, hsv=0.0, affine=0.0)
 MOSAIC_HEAVY = Augment(contrast=0.75, contrast_range=0.3, bgr=0.5, hsv=0.75, hsv_gain=25.0,
                        rotate90=0.5, degrees=7.0, scale=(0.6, 1.75))
 
@@ -249,8 +250,7 @@ def random_geometry(width: int, height: int, rng: np.random.Generator,
     return matrix, width, height
 
 
-def random_color(mean: np.ndarray, rng: np.random.Generator,
-                 augment: Augment) -> np.ndarray | None:
+def random_color(mean: np.ndarray, rng: np.random.Generator, augment: Augment) -> np.ndarray:
     """Brightness, contrast, red-blue exchange, hue, saturation, value as one (3, 4) matrix.
 
     mean (3,) is the image's mean color, about which contrast turns. All of these are linear, or
@@ -264,9 +264,9 @@ def random_color(mean: np.ndarray, rng: np.random.Generator,
         color = color[::-1]
     if rng.random() < augment.hsv:
         change = rng.uniform(-1, 1, 3) * augment.hsv_gain * (rng.random(3) < 0.5)
-        hue, saturation, value = math.radians(2 * change[0]), 1 + change[1] / 100, 1 + change[2] / 100
+        hue, (saturation, value) = math.radians(2 * change[0]), 1 + change[1:] / 100
         about_gray = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-        turn = (math.cos(hue) * np.eye(3) + (1 - math.cos(hue)) / 3 + math.sin(hue) * about_gray)
+        turn = math.cos(hue) * np.eye(3) + (1 - math.cos(hue)) / 3 + math.sin(hue) * about_gray
         gray = np.tile([0.299, 0.587, 0.114], (3, 1))
         color = value * (saturation * np.eye(3) + (1 - saturation) * gray) @ turn @ color
     return None if np.array_equal(color, np.eye(3, 4)) else color
@@ -295,6 +295,35 @@ def collage(frames: list[tuple[int, int]]) -> tuple[list[tuple[float, float]], i
     return corners, width, top + max(h2, h3)
 
 
+def shrink_for(zoom: float) -> int:
+    """The largest power of two by which an image may shrink before it is zoomed, as a whole."""
+    return 2 ** max(math.floor(-math.log2(zoom)), 0)
+
+
+def resample(canvas: Image.Image, image: Image.Image, matrix: np.ndarray,
+             region: np.ndarray) -> None:
+    """Draw the image through the (3, 3) matrix into region x1, y1, x2, y2 px of the canvas."""
+    left, top, right, bottom = (int(v) for v in np.floor(region + 0.5))
+    if right <= left or bottom <= top:
+        return
+    # Pillow asks where each output pixel comes from: the inverse, from px of the region.
+    source = np.linalg.inv(matrix) @ matrix3(1, 0, left, 0, 1, top)
+    patch = image.transform((right - left, bottom - top), Image.Transform.AFFINE,
+                            tuple(source[:2].ravel().tolist()), Image.Resampling.BILINEAR,
+                            fillcolor=PAD_COLOR)
+    canvas.paste(patch, (left, top))
+
+
+def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.ndarray]:
+    """An RGB image as network input (S, S, 3) uint8, and the (3, 3) matrix that took it there."""
+    matrix = letterbox(*image.size, size, pad)
+    canvas = Image.new("RGB", (size, size), PAD_COLOR)
+    shrink = shrink_for(matrix[0, 0])
+    region = move(np.array([[0, 0], image.size]), matrix).reshape(4)
+    resample(canvas, image.reduce(shrink), matrix @ np.diag([shrink, shrink, 1]), region)
+    return np.asarray(canvas), matrix
+
+
 def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.Image, int]:
     """The image as RGB, shrunk by a power of two as far as a later `zoom` allows; that power.
 
@@ -306,15 +335,12 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.I
     if image.size != (width, height):
         raise ValueError(f"{path} is {image.width}x{image.height} px, its json says "
                          f"{width}x{height}; fix the json, or the file")
-    shrink = 2 ** max(math.floor(-math.log2(zoom)), 0) if zoom < 1 else 1
-    drafted = 1
+    shrink, drafted = shrink_for(zoom), 1
     if shrink > 1 and image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
         drafted = 2 ** round(math.log2(max(width, height) / max(image.size)))
     image = image.convert("RGB")
-    if shrink > drafted:
-        image = image.reduce(shrink // drafted)
-    return image, shrink
+    return image.reduce(shrink // drafted), shrink
 
 
 class CocoPose(Dataset):
@@ -326,8 +352,7 @@ class CocoPose(Dataset):
     """
 
     def __init__(self, annotations: Annotations, folder: str, skeleton: Skeleton, size: int,
-                 pad: str, augment: Augment | None = None, seed: int = 0,
-                 keep_ignored: bool = True):
+                 pad: str, augment: Augment = None, seed: int = 0, keep_ignored: bool = True):
         self.annotations, self.folder, self.skeleton = annotations, folder, skeleton
         self.size, self.pad, self.augment, self.seed = size, pad, augment, seed
         self.keep_ignored = keep_ignored
@@ -357,9 +382,8 @@ class CocoPose(Dataset):
             self.paint(canvas, i, matrix, region, rng)
             people.append(self.people(i, matrix, region))
         boxes, keypoints, crowd = (np.concatenate(part) for part in zip(*people))
-        return {"image": np.asarray(canvas), "boxes": boxes, "keypoints": keypoints,
-                "crowd": crowd, "image_id": int(self.annotations.ids[index]),
-                "matrix": matrix[:2]}
+        return {"image": np.asarray(canvas), "boxes": boxes, "keypoints": keypoints, "crowd": crowd,
+                "image_id": int(self.annotations.ids[index]), "matrix": matrix[:2]}
 
     def paint(self, canvas: Image.Image, index: int, matrix: np.ndarray, region: np.ndarray,
               rng: np.random.Generator) -> None:
@@ -374,19 +398,9 @@ class CocoPose(Dataset):
             color = random_color(mean, rng, self.augment)
             if color is not None:
                 image = image.convert("RGB", tuple(color.ravel().tolist()))
-        left, top, right, bottom = (int(v) for v in np.floor(region + 0.5))
-        if right <= left or bottom <= top:
-            return
-        # Pillow asks where each output pixel comes from: the inverse, from px of the region.
-        source = np.linalg.inv(matrix @ np.diag([shrink, shrink, 1.0])) @ matrix3(1, 0, left,
-                                                                                 0, 1, top)
-        patch = image.transform((right - left, bottom - top), Image.Transform.AFFINE,
-                                tuple(source[:2].ravel().tolist()), Image.Resampling.BILINEAR,
-                                fillcolor=PAD_COLOR)
-        canvas.paste(patch, (left, top))
+        resample(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region)
 
-    def people(self, index: int, matrix: np.ndarray,
-               region: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
         """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut.
 
         Keypoints outside region (4,) px become unlabeled. Somebody with no labeled keypoint left,
@@ -398,8 +412,8 @@ class CocoPose(Dataset):
         boxes, keypoints, crowd = a.boxes[rows], a.keypoints[rows], a.crowd[rows]
         corners = move(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), matrix)   # (M, 4, 2)
         low, high = region[:2], region[2:]
-        boxes = np.concatenate([corners.min(1).clip(low, high), corners.max(1).clip(low, high)],
-                               axis=1)                                                # (M, 4)
+        corners = corners.clip(low, high)
+        boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)              # (M, 4)
         xy = move(keypoints[..., :2], matrix)                                         # (M, K, 2)
         labeled = (keypoints[..., 2] > 0) & ((xy >= low) & (xy < high)).all(-1)       # (M, K)
         width, height = (boxes[:, 2:] - boxes[:, :2]).T
@@ -429,7 +443,7 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
             tensor[i, :len(sample[name])] = torch.from_numpy(sample[name])
     targets["image_id"] = torch.tensor([s["image_id"] for s in samples])
     targets["matrix"] = torch.from_numpy(np.stack([s["matrix"] for s in samples]))
-    images = torch.from_numpy(np.stack([s["image"] for s in samples]))                 # (B, S, S, 3)
+    images = torch.from_numpy(np.stack([s["image"] for s in samples]))                # (B, S, S, 3)
     return images.permute(0, 3, 1, 2), targets
 
 
@@ -459,9 +473,6 @@ class Stream:
                     shuffled = epoch
                 batch.append((epoch, int(order[i])))
             yield batch
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * self.accumulate
 
 
 def one_thread(worker: int) -> None:

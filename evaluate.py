@@ -21,14 +21,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import nms
 
-from data import (PAD_MODES, CocoPose, Skeleton, find_split, flatten, make_loader, read_json,
-                  read_skeleton, undo)
+from data import (PAD_MODES, CocoPose, Skeleton, find_split, fit_image, flatten, make_loader,
+                  read_json, read_skeleton, undo)
 from model import Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
@@ -115,8 +116,26 @@ def detect(decoded: Decoded, targets: dict[str, Tensor], category_id: int, conf:
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Loader's images (B, 3, S, S) uint8 to network input in [0, 1] on the device, channels_last."""
+    """Images (B, 3, S, S) uint8 of a loader to network input in [0, 1], channels_last."""
     return images.to(device, non_blocking=True).float().div_(255)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, file: dict, image: Image.Image,
+            conf: float = 0.3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """People in one image, best first: boxes (D, 4) px, scores (D,), keypoints (D, K, 3) px, score.
+
+    model and file are load_model's; px of the image, continuous: pixel i covers [i, i + 1).
+    """
+    pixels, matrix = fit_image(image.convert("RGB"), *input_of(file))
+    device = next(model.parameters()).device
+    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)                   # (1, 3, S, S)
+    boxes, scores, keypoints, kpt_scores = (t[0].cpu() for t in decode(model(to_input(images,
+                                                                                     device))))
+    kept = select(boxes, scores, conf)
+    xy = undo(keypoints[kept].double().numpy(), matrix)                           # (D, K, 2)
+    boxes = undo(boxes[kept].double().reshape(-1, 2, 2).numpy(), matrix).reshape(-1, 4)
+    return boxes, scores[kept].numpy(), np.concatenate([xy, kpt_scores[kept, :, None]], -1)
 
 
 @torch.no_grad()
@@ -188,6 +207,11 @@ def load_model(path: str, size: str | None = None) -> tuple[YoloNasPose, dict]:
     return model.eval(), file
 
 
+def input_of(file: dict) -> tuple[int, str]:
+    """Image size in px and padding that a checkpoint was trained for; official: 640, corner."""
+    return file["args"].get("image_size", 640), file["args"].get("val_pad", "bottom_right")
+
+
 def main() -> None:
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,8 +227,8 @@ def main() -> None:
         annotations = flatten(labels)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
-    size = args.image_size or file["args"].get("image_size", 640)
-    pad = args.pad or file["args"].get("val_pad", "bottom_right")
+    size, pad = input_of(file)
+    size, pad = args.image_size or size, args.pad or pad
     dataset = CocoPose(annotations, folder, skeleton, size, pad)
     loader = make_loader(dataset, val_batches(len(dataset), args.batch_size), args.workers, device)
     print(f"{len(dataset)} images of {args.split}, {size} px, {pad}, conf {args.conf}, "

@@ -1,7 +1,7 @@
 """Which anchor learns which person, and how wrong it is.
 
 Owns OKS, the task-aligned assigner and the five loss terms. Knows nothing about images, files or
-optimizers: it imports torch and torchvision.ops, so you can read, test and replace it alone.
+optimizers: it imports torch alone, so you can read, test and replace it alone.
 
 Read in this order: oks, assign, PoseLoss.
 
@@ -15,12 +15,12 @@ Papers  task-aligned assignment (TOOD)     https://arxiv.org/abs/2108.07755
         complete IoU                       https://arxiv.org/abs/1911.08287
         OKS as a training loss             https://arxiv.org/abs/2204.06806
 """
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss
 
 # Share of a person's box that the body covers. COCO scores OKS with the segment area, which the
 # loss does not have; 0.53 is the usual stand-in.
@@ -151,6 +151,25 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     return -(share * log_p).sum(-1).mean(-1)
 
 
+def complete_iou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-10) -> Tensor:
+    """1 - IoU + distance of the centers + difference in shape (CIoU). Boxes (..., 4) to (...).
+
+    torchvision's picks the overlapping boxes by a mask, for which a GPU has to wait.
+    """
+    size, target_size = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
+    low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)        # (..., 4)
+    overlap = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1)
+    iou = overlap / (size.prod(-1) + target_size.prod(-1) - overlap + eps)
+    apart = (boxes[..., :2] + boxes[..., 2:] - target[..., :2] - target[..., 2:]) / 2
+    hull = high[..., 2:] - low[..., :2]                                           # (..., 2)
+    distance = apart.square().sum(-1) / (hull.square().sum(-1) + eps)
+    angle = torch.atan2(*target_size.unbind(-1)) - torch.atan2(*size.unbind(-1))
+    shape = 4 / math.pi ** 2 * angle.square()
+    with torch.no_grad():
+        alpha = shape / (1 - iou + shape + eps)
+    return 1 - iou + distance + alpha * shape
+
+
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, P) of values (B, N, ...), to (B, P, ...)."""
     return values[torch.arange(len(index), device=index.device)[:, None], index]
@@ -233,8 +252,7 @@ class PoseLoss:
         unit_box = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
         boxes = torch.where(weight[..., None] > 0, boxes, unit_box)               # (B, P, 4)
         strides, centers = raw.strides[anchor], raw.centers[anchor]               # (B, P, 1 or 2)
-        iou = complete_box_iou_loss(take(decoded.boxes, anchor) / strides, boxes / strides,
-                                    eps=1e-10)                                    # (B, P)
+        iou = complete_iou_loss(take(decoded.boxes, anchor) / strides, boxes / strides)   # (B, P)
         distances = torch.cat([centers - boxes[..., :2], boxes[..., 2:] - centers], -1) / strides
         dfl = distribution_focal_loss(take(raw.box_logits, anchor), distances)    # (B, P)
 

@@ -1,16 +1,14 @@
 """The YOLO-NAS-Pose network and the meaning of its outputs.
 
-Owns every nn.Module, the table of sizes, decode, which turns raw outputs into pixels, and the
-reading of weight files, ours and the official ones. Knows nothing about targets, losses,
-thresholds or images.
+Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), and the reading of weight
+files, ours and official ones. Knows nothing about targets, losses, thresholds or images.
 
 Read in this order: SIZES, QARepVGG, CSPLayer, Backbone, Neck, Head, RawOutput, decode, YoloNasPose.
 
 Axes    B images   C channels   H, W height and width   K keypoints   R = 17 bins of a distance
         A anchors: one per cell of each level, so the sum of H/s * W/s over the strides s
 Units   pixels of the padded input, continuous: pixel i covers [i, i + 1)
-
-Attribute names are those of the official checkpoints, so that these load without a table.
+Names   of attributes are those of the official checkpoints, so that these load without a table
 
 Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101.03697
         QARepVGG, the norm after the sum              https://arxiv.org/abs/2212.01593
@@ -18,6 +16,7 @@ Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101
 """
 import math
 import pickle
+import zipfile
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -87,18 +86,16 @@ class ConvBNReLU(nn.Module):
 
     def fuse(self) -> None:
         """Fold the norm into the convolution. For inference only."""
-        bias = torch.zeros_like(self.bn.bias)
-        weight, bias = fold_bn(self.conv.weight, bias, self.bn)
-        self.conv, self.bn = conv_with(weight, bias, self.conv.stride[0]), nn.Identity()
+        folded = fold_bn(self.conv.weight, torch.zeros_like(self.bn.bias), self.bn)
+        self.conv, self.bn = conv_with(*folded, self.conv.stride[0]), nn.Identity()
 
 
 class QARepVGG(nn.Module):
     """3x3 conv + norm, 1x1 conv and, if asked for, the input itself; their sum is normed again.
 
-    (B, c_in, H, W) -> (B, c_out, H / stride, W / stride). fuse() turns all of it into one 3x3
-    convolution. The norm after the sum takes the mean out again, so the biases before it have no
-    effect and a gradient of 0; they stay in the state_dict, but do not train: Adam would turn the
-    rounding noise of that 0 into steps of full size.
+    (B, c_in, H, W) -> (B, c_out, H / stride, W / stride). fuse() makes it one 3x3 convolution.
+    The norm after the sum takes the mean out again, so the biases before it have no effect and a
+    gradient of 0; they do not train: Adam would turn that 0's rounding noise into full steps.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, identity: bool = False):
@@ -143,12 +140,8 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, rep: bool):
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1))
-        if rep:
-            self.cv1 = QARepVGG(channels, channels, identity=True)
-            self.cv2 = QARepVGG(channels, channels, identity=True)
-        else:
-            self.cv1 = ConvBNReLU(channels, channels, 3)
-            self.cv2 = ConvBNReLU(channels, channels, 3)
+        self.cv1, self.cv2 = (QARepVGG(channels, channels, identity=True) if rep else
+                              ConvBNReLU(channels, channels, 3) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.alpha * x + self.cv2(self.cv1(x))
@@ -192,20 +185,13 @@ class SPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)                                                  # (B, C/2, H, W)
-        pooled = [F.max_pool2d(x, k, 1, k // 2) for k in (5, 9, 13)]
-        return self.cv2(torch.cat([x, *pooled], dim=1))                  # (B, C, H, W)
+        return self.cv2(torch.cat([x, *(F.max_pool2d(x, k, 1, k // 2) for k in (5, 9, 13))], dim=1))
 
 
-class Stage(nn.Module):
+def stage(c_in: int, c_out: int, hidden: int, depth: int, keep_all: bool) -> nn.Module:
     """Halve the resolution, then a CSPLayer. (B, c_in, H, W) -> (B, c_out, H/2, W/2)"""
-
-    def __init__(self, c_in: int, c_out: int, hidden: int, depth: int, keep_all: bool):
-        super().__init__()
-        self.downsample = QARepVGG(c_in, c_out, stride=2)
-        self.blocks = CSPLayer(c_out, c_out, hidden, depth, keep_all)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+    return nn.Sequential(OrderedDict(downsample=QARepVGG(c_in, c_out, stride=2),
+                                     blocks=CSPLayer(c_out, c_out, hidden, depth, keep_all)))
 
 
 class Backbone(nn.Module):
@@ -216,7 +202,7 @@ class Backbone(nn.Module):
         self.stem = nn.Sequential(OrderedDict(conv=QARepVGG(3, size.stem, stride=2)))
         channels = [size.stem, *(row[0] for row in size.stages)]
         for i, row in enumerate(size.stages):
-            setattr(self, f"stage{i + 1}", Stage(channels[i], *row))
+            setattr(self, f"stage{i + 1}", stage(channels[i], *row))
         self.context_module = SPP(channels[-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -377,7 +363,7 @@ class YoloNasPose(nn.Module):
         if size not in SIZES:
             raise ValueError(f"size {size!r} unknown; choose one of {', '.join(SIZES)}")
         row = SIZES[size]
-        self.size, self.num_keypoints = size, num_keypoints
+        self.num_keypoints = num_keypoints
         self.backbone = Backbone(row)
         self.neck = Neck(row)
         levels = [row.neck[i][0] for i in (1, 2, 3)]
@@ -392,9 +378,8 @@ class YoloNasPose(nn.Module):
         b, k = len(images), self.num_keypoints
         levels = self.neck(*self.backbone(images))
         maps = [head(x) for head, x in zip(self.heads.values(), levels)]
-        # (B, c, h, w) of three levels -> (B, A, c)
         cls, box, pose = (torch.cat([m.flatten(2) for m in kind], dim=2).transpose(1, 2)
-                          for kind in zip(*maps))
+                          for kind in zip(*maps))                        # (B, A, c) each
         centers, strides = make_anchors(*images.shape[2:], images.device)
         return RawOutput(cls[..., 0], box.reshape(b, -1, 4, BINS), pose.reshape(b, -1, k, 2),
                          cls[..., 1:], centers, strides)
@@ -416,34 +401,33 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
 
     Of ours the EMA is taken where there is one. An official file (super-gradients) holds ema_net,
     net, or is the state_dict itself. Official weights see BGR and pixel indices, ours RGB and
-    continuous coordinates, which lie half a pixel further; both differences are moved into the
-    weights here. The official placeholders for fused kernels (rbr_reparam) are dropped.
-
+    continuous coordinates, half a pixel further; both differences are moved into the weights here.
+    The official placeholders for fused kernels (rbr_reparam) are dropped.
     Raises ValueError if the file is no checkpoint or needs pickled code, which is never run.
     """
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of plain tensors ({str(error).splitlines()[0]}); "
-                         f"give a .pt of train.py or an official .pth") from None
-    if not isinstance(file, dict):
-        raise ValueError(f"{path} holds a {type(file).__name__}, expected a checkpoint dict")
-    if file.get("format") == "nanopose":
-        return file["ema"] if "ema" in file else file["model"], file
-
-    state = file.get("ema_net", file.get("net", file))
-    if not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path} holds {sorted(map(str, file))[:5]}, expected ema_net, net or a "
-                         f"state_dict of tensors")
+    file, reason = None, "no archive of torch.save"
+    with open(path, "rb") as f:  # a missing file is an OSError of its own
+        if zipfile.is_zipfile(f):
+            try:
+                file = torch.load(path, map_location="cpu", weights_only=True)
+                reason = f"holds {list(file)[:5] if isinstance(file, dict) else type(file)}"
+            except (pickle.UnpicklingError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+    keys = ("ema", "model") if isinstance(file, dict) and "format" in file else ("ema_net", "net")
+    state = next((file[key] for key in keys if key in file), file) if isinstance(file, dict) else {}
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
+        raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}); give a .pt of "
+                         f"train.py or an official .pth")
+    if "format" in file:
+        return state, file
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): t for name, t in state.items()}
     state = {name: t for name, t in state.items() if ".rbr_reparam." not in name}
-    for name in ("branch_3x3.conv.weight", "branch_1x1.weight"):
-        if (name := f"backbone.stem.conv.{name}") in state:
-            state[name] = state[name].flip(1)
-    for i, stride in enumerate(STRIDES):
-        if (name := f"heads.head{i + 1}.pose_pred.bias") in state:
-            state[name] = state[name] + 0.5 / stride
+    for name, tensor in state.items():
+        if name.startswith("backbone.stem.") and tensor.ndim == 4:
+            state[name] = tensor.flip(1)
+        elif name.endswith("pose_pred.bias"):  # of heads.head1, 2 or 3
+            state[name] = tensor + 0.5 / STRIDES[int(name[len("heads.head")]) - 1]
     return state, file
 
 
@@ -463,6 +447,5 @@ def load_weights(model: nn.Module, path: str) -> dict[str, list[str]]:
             tensor.copy_(state[name])
     report["unused"] = [name for name in state if name not in own]
     if not report["loaded"]:
-        raise ValueError(f"{path}: none of its {len(state)} tensors fits this model; is it a "
-                         f"YOLO-NAS-Pose checkpoint?")
+        raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")
     return report

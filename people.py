@@ -1,6 +1,6 @@
 """The built-in data set: drawn people in COCO's file format, for a first run without a download.
 
-    python people.py drawn        # writes drawn/train2017, drawn/val2017 and drawn/annotations
+    python people.py DIR        # writes DIR/train2017, DIR/val2017 and DIR/annotations
 
 Points    complex numbers x + iy, y down, on a canvas OVERSAMPLE times finer than the image
 Polygons  a list of (color, points), back to front
@@ -21,8 +21,14 @@ CATEGORY = {"id": 1, "name": "person", "keypoints": ["nose"] + [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]}
 
+# Upper arm and elbow, thigh and knee: radians outwards from hanging down, for both or for each.
+ARMS = [(0.3, 0.1), (1.5, 0), (2.6, 0.2), (0.3, 0.1, 2.6, 0.2)]
+GLOVES = (250, 140, 0), (0, 150, 250)  # left, right; shoes are the same
+LEGS = [(0.12, 0), (0.5, 0), (1.3, -1.4)]
+
 
 def random_color(rng: np.random.Generator, spread: float) -> np.ndarray:
+    """RGB (3,) of some brightness, up to `spread` off gray."""
     return (rng.uniform(60, 210) + rng.uniform(-spread, spread, 3)).clip(0, 255)
 
 
@@ -38,21 +44,22 @@ def rounded(color: np.ndarray, corners: list, radius: list, edge: float = 0.008)
 
 def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Keypoints (17,) around the hips at 0, whether they face us (17,), yaw, and head radius."""
-    yaw = np.clip(rng.normal(0, 0.4), -0.9, 0.9) + np.pi * (rng.random() < 0.15)  # 0 looks at us
-    joints, shown = np.zeros(17, complex), np.ones(17, bool)
+    yaw = np.clip(rng.normal(0, 0.4), -0.9, 0.9) + np.pi * (rng.random() < 0.1)  # 0 looks at us
+    joints = np.zeros(17, complex)
     head, nod, build = rng.uniform((0.1, -0.2, 0.9), (0.125, 0.3, 1.2))
     neck = rng.uniform(0.27, 0.33) * -1j * np.exp(1j * rng.normal(0, 0.15))
     up = neck / abs(neck) * np.exp(1j * rng.normal(0, 0.15))
     azimuth = yaw + np.array([0, 0.55, -0.55, 1.57, -1.57])  # of nose, eyes, ears
     high = (1.35, 1.67, 1.67, 1.5, 1.5) - nod * np.cos(azimuth)
     joints[:5] = neck + head * up * (high + 0.95j * np.sin(azimuth))
-    shown[:5] = np.cos(azimuth) > (0.1, 0.1, 0.1, -0.3, -0.3)  # ears stick out
-    for k in (0, 1):  # left, right
+    shown = np.append(np.cos(azimuth) > (0.1, 0.1, 0.1, -0.3, -0.3), [True] * 12)  # ears stick out
+    arms, legs = ARMS[rng.integers(len(ARMS))], LEGS[rng.integers(len(LEGS))]
+    for k in rng.permutation(2):  # left, right; who waves or kicks varies
         left = np.cos(yaw) * (1 - 2 * k)  # > 0 where this half of the body is the image's right
         joints[5 + k], joints[11 + k] = neck + 0.125j * build * left * up, 0.075 * build * left
-        arm, fold = rng.uniform((-0.2, -2), (2.8, 2))  # radians, outwards from hanging down
-        leg, shin = rng.normal(*(((0.2, 0), 0.3) if rng.random() < 0.75 else ((1, 0), (0.5, 0.8))))
-        lengths = rng.uniform((0.13, 0.12, 0.13, 0.17), (0.18, 0.17, 0.24, 0.23))  # as seen
+        arm, fold, leg, shin = rng.normal((*arms[:2], *legs[:2]), 0.12)
+        arms, legs = arms[-2:], legs[-2:]
+        lengths = rng.uniform((0.15, 0.14, 0.16, 0.18), (0.18, 0.17, 0.21, 0.22))  # as seen
         for j, length, angle in zip((7, 9, 13, 15), lengths, (arm, arm + fold, leg, shin)):
             joints[j + k] = joints[j + k - 2] + length * 1j / np.exp(1j * np.sign(left) * angle)
     return joints, shown, yaw, head
@@ -62,17 +69,16 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
     """(polygons, joints (17,), shown (17,)) of a figure `height` high on a canvas `width` wide."""
     joints, shown, yaw, head = random_pose(rng)
     skin = np.array((255, 210, 175)) * rng.uniform(0.4, 1)
-    shirt, trousers, shoes, trim = (random_color(rng, 130) for _ in range(4))
-    sleeve, hose = (shirt, skin)[rng.integers(2)], (trousers, skin)[rng.integers(2)]
+    shirt, trousers, trim = (random_color(rng, 130) for _ in range(3))
     fat, legs, arms = rng.uniform(0.9, 1.3), [], ([], [])  # arms behind the body, and before it
-    for shoulder, elbow, wrist, hip, knee, ankle in (joints[5::2], joints[6::2]):
+    for glove, (shoulder, elbow, wrist, hip, knee, ankle) in zip(GLOVES, (joints[5::2], joints[6::2])):
         toe = ankle + (ankle - knee) * 0.25 * np.exp(1j * rng.uniform(-1.2, 1.2))
-        arms[rng.random() < 0.7].extend(
-            rounded(skin, [wrist, 1.15 * wrist - 0.15 * elbow], 0.032)
-            + rounded(sleeve, [elbow, wrist], [0.036 * fat, 0.03 * fat])
+        arms[rng.random() < 0.85].extend(
+            rounded(glove, [wrist, 1.15 * wrist - 0.15 * elbow], 0.038)
+            + rounded(skin, [elbow, wrist], [0.036 * fat, 0.03 * fat])
             + rounded(shirt, [shoulder, elbow], [0.046 * fat, 0.038 * fat]))
-        legs += (rounded(shoes, [ankle, toe], 0.033)
-                 + rounded(hose, [knee, ankle], [0.047 * fat, 0.034 * fat])
+        legs += (rounded(glove, [ankle, toe], 0.036)
+                 + rounded(skin, [knee, ankle], [0.047 * fat, 0.034 * fat])
                  + rounded(trousers, [hip, knee], [0.065 * fat, 0.05 * fat]))
     neck, skull = joints[5:7].mean(), joints[3:5].mean()
     up = head * (skull - neck) / abs(skull - neck)
@@ -89,7 +95,7 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
         for k in np.flatnonzero(shown[:3]):
             face += rounded((9, 9, 40) if k else 0.7 * skin, joints[k] + [0, up / 9], head / 6, 0)
     polygons = arms[0] + legs + body + face + arms[1]
-    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.65, 0.3, 0.05])))
+    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.75, 0.21, 0.04])))
     points = (np.concatenate([p for _, p in polygons]) * turn).view(float).reshape(-1, 2)
     scale = min(np.array([0.9 * width, height]) / np.ptp(points, 0))  # a lying figure may be wide
     size, outside = scale * np.ptp(points, 0), 0.2 * rng.random() * (rng.random() < 0.2)
@@ -106,9 +112,10 @@ def random_thing(rng: np.random.Generator, center: complex, size: float) -> list
 
 
 def paint(image: Image.Image, polygons: list[tuple], value: int = 0) -> None:
-    draw = ImageDraw.Draw(image)
+    """Draw polygons in their colors, or all of them in `value`."""
     for color, points in polygons:
-        draw.polygon(points.astype(np.complex64).view(np.float32), value or tuple(map(int, color)))
+        corners = points.astype(np.complex64).view(np.float32)
+        ImageDraw.Draw(image).polygon(corners, value or tuple(map(int, color)))
 
 
 def annotate(mask: Image.Image, value: int, joints: np.ndarray, shown: np.ndarray) -> dict:
@@ -133,12 +140,12 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
     canvas = Image.fromarray(pixels.astype(np.uint8)).resize([width] * 2, Image.BILINEAR)
     for size in width * rng.uniform(0.05, 0.4, rng.integers(12)):
         paint(canvas, random_thing(rng, complex(*rng.uniform(0, width, 2)), size))
-    mask, count = Image.new("L", (width, width)), rng.choice(5, p=[0.45, 0.3, 0.15, 0.06, 0.04]) + 1
-    for height in width * (0.15 + (0.85 - 0.1 * count) * rng.random(count) ** 0.35):
+    mask, count = Image.new("L", (width, width)), rng.choice(5, p=[0.5, 0.3, 0.12, 0.05, 0.03]) + 1
+    for height in width * (0.15 + (0.83 - 0.08 * count) * rng.random(count) ** 0.25):
         for _ in range(8):  # tries to leave enough of everybody in sight
             trial, value = mask.copy(), len(people) + 1
             polygons, *who = random_person(rng, height, width)
-            size = height * rng.uniform(0.15, 0.4) * (rng.random() < 0.2)
+            size = height * rng.uniform(0.15, 0.4) * (rng.random() < 0.25)
             thing = random_thing(rng, who[0][rng.integers(5, 17)], size) if size else []
             paint(trial, polygons, value)
             areas = [*whole, trial.histogram()[value] / OVERSAMPLE ** 2]
@@ -153,8 +160,7 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
     return canvas.reduce(OVERSAMPLE), anns, layers
 
 
-def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128,
-                 seed: int = 0) -> None:
+def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, seed: int = 0):
     """Unless root exists, write root/{train,val}2017 and root/annotations, all or nothing."""
     if os.path.exists(root):
         return
@@ -176,5 +182,5 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128,
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("root", nargs="?", default="drawn", help="folder to write; must not exist")
+    p.add_argument("root", nargs="?", default="drawn_people", help="folder to write; must not exist")
     draw_dataset(p.parse_args().root)

@@ -41,16 +41,19 @@ def sigma_scale(step: int, steps: int, start: float) -> float:
     return start ** (1 - min(step / steps, 1)) if steps > 0 else 1.0
 
 
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Raise ValueError if the warmup does not fit into the training."""
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup of {warmup_steps} steps does not fit into {total_steps} steps of "
+                         f"training; train longer or warm up less")
+
+
 def make_scheduler(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int,
                    final_ratio: float, start_ratio: float = 0.0, step: int = 0) -> LambdaLR:
     """warmup_cosine as a LambdaLR that stands at `step`; its step() comes after the optimizer's.
 
-    The groups' lr (when resuming, their initial_lr) is the peak. Raises ValueError if the warmup
-    does not fit.
+    The groups' lr (when resuming, their initial_lr) is the peak.
     """
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup of {warmup_steps} steps does not fit into {total_steps} steps of "
-                         f"training; train longer or warm up less")
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, total_steps, warmup_steps,
                                                           final_ratio, start_ratio),
                     last_epoch=step - 1)

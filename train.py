@@ -18,22 +18,27 @@ import sys
 import time
 from collections.abc import Iterator
 
+# CPU threads that wait for each other spin briefly, then sleep: never sleeping starves the loader
+# processes, sleeping at once costs half the speed. OpenMP reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from data import (MOSAIC, MOSAIC_HEAVY, PAD_MODES, Annotations, CocoPose, Skeleton, Stream,
+from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, Annotations, CocoPose, Skeleton, Stream,
                   collate, find_split, flatten, make_loader, read_json, read_skeleton)
 from draw import contact_sheet, draw_people
 from evaluate import evaluate, quiet_coco, select, to_input, val_batches
 from loss import LossWeights, PoseLoss
 from model import SIZES, YoloNasPose, decode, load_weights
 from people import draw_dataset
-from schedule import EMA, EarlyStopping, linear_scaled_lr, make_scheduler, param_groups, sigma_scale
+from schedule import (EMA, EarlyStopping, check_warmup, linear_scaled_lr, make_scheduler,
+                      param_groups, sigma_scale)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "none": None}
+AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": None}
 
 # What a flag is when it is not given. lr belongs to lr_batch images a step and is scaled.
 COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": 1000,
@@ -107,7 +112,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--ema-decay", type=float, help="largest decay" + recipe)
     g.add_argument("--sigma-start", type=float, help="keypoint tolerance at step 0, as a multiple "
                    "of sigma" + recipe)
-    g.add_argument("--sigma-epochs", type=float, help="epochs until the tolerance is sigma" + recipe)
+    g.add_argument("--sigma-epochs", type=float,
+                   help="epochs until that tolerance has shrunk to sigma" + recipe)
     g.add_argument("--amp", choices=sorted(AMP_DTYPES), default="no", help="autocast type")
 
     g = p.add_argument_group("run")
@@ -144,6 +150,8 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
         rows.append(("from scratch, untested", FROM_SCRATCH))
     if not args.data and not args.train_json:
         rows.append(("demo", DEMO))
+    if args.recipe == "reference":
+        rows.append(("reference", {"sigma_epochs": 0.0}))
     source = {}
     for name in COMMON | RECIPES[args.model]:
         if getattr(args, name) is not None:
@@ -309,6 +317,13 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
 
+    def evaluation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Report the ten numbers; -1 means that nobody labeled is of that size."""
+        self.write({"step": step, "epoch": epoch, **metrics})
+        known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
+        print(f"epoch {epoch}  " + "  ".join(known), flush=True)
+        self.interval = time.time()
+
     def step(self, step: int, sums: Tensor, norm: Tensor, waited: float, lr: float,
              memory: float) -> None:
         """Take in one optimizer step; every --log-every steps, and first at step 5, report.
@@ -335,7 +350,8 @@ class Log:
         print(f"epoch {values['epoch']:.2f}  step {step}/{self.stop}  loss {values['loss']:.3f} ("
               + " ".join(f"{name} {value:.3f}" for name, value in terms.items())
               + f")  lr {lr:.2e}  norm {values['grad_norm']:.1f}  {values['img_s']:.1f} img/s  "
-              f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min", flush=True)
+              f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
+              flush=True)
         self.sums, self.waited, self.steps, self.interval = 0.0, 0.0, 0, time.time()
 
 
@@ -383,6 +399,10 @@ def main() -> None:
         args, saved = read_run(args)
         source = fill_recipe(args)
         (train, train_dir), (val, val_dir), labels, skeleton = open_data(args, rank)
+        global_batch = args.batch_size * world_size * args.accumulate
+        ends = epoch_ends(args.epochs, len(train.ids), global_batch)
+        total_steps = max(ends)
+        check_warmup(args.warmup, total_steps)
         torch.manual_seed(args.seed)  # the same first weights on every process
         model = YoloNasPose(args.model, len(skeleton.names))
         report = load_weights(model, args.weights) if args.weights and saved is None else {}
@@ -390,13 +410,8 @@ def main() -> None:
         sys.exit(f"train.py: {error}")
     os.makedirs(args.out, exist_ok=True)
 
-    global_batch = args.batch_size * world_size * args.accumulate
-    ends = epoch_ends(args.epochs, len(train.ids), global_batch)
-    total_steps = max(ends)
-    widen_steps = round(args.sigma_epochs * len(train.ids) / global_batch)
-    stop = min(total_steps, args.max_steps or total_steps)
-    peak_lr = linear_scaled_lr(args.lr, global_batch, args.lr_batch)
     model = model.to(device, memory_format=torch.channels_last)
+    peak_lr = linear_scaled_lr(args.lr, global_batch, args.lr_batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=peak_lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -407,8 +422,10 @@ def main() -> None:
     for name in parts if saved else ():
         parts[name].load_state_dict(saved[name])
     step = saved["step"] if saved else 0
+    stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, total_steps, args.warmup, args.final_ratio,
                                args.warmup_start, step)
+    widen_steps = round(args.sigma_epochs * len(train.ids) / global_batch)
     criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
                          LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
                          reference=args.recipe == "reference")
@@ -418,7 +435,6 @@ def main() -> None:
     val_set = CocoPose(val, val_dir, skeleton, args.image_size, args.val_pad)
     stream = Stream(len(train_set), args.seed, args.batch_size, step, stop, rank, world_size,
                     args.accumulate)
-    batches = iter(make_loader(train_set, stream, args.workers, device))
     val_loader = make_loader(val_set, val_batches(len(val_set), args.batch_size, rank, world_size),
                              args.workers, device)
     truth = quiet_coco(labels)
@@ -429,9 +445,9 @@ def main() -> None:
                       f"{args.image_size} px, {len(skeleton.names)} keypoints",
             "global batch": f"{args.batch_size} images x {world_size} processes x "
                             f"{args.accumulate} micro-batches = {global_batch}",
-            "steps": f"{total_steps} for {args.epochs} epochs, this run stops after {stop}",
+            "steps": f"{total_steps} for {args.epochs} epochs, of which {stop - step} now",
             "peak lr": f"{peak_lr:.2e} = {args.lr:.2e} x {global_batch} / {args.lr_batch}",
-            "warmup": f"{args.warmup} steps",
+            "warmup": f"{args.warmup} steps; keypoint tolerance narrows for {widen_steps}",
             "device": f"{device}, amp {args.amp}, {args.workers} loader processes",
             "ETA": "measured on the first steps, see below"})
         if step < stop:
@@ -439,11 +455,13 @@ def main() -> None:
     log = Log(args, rank, step, stop, global_batch, len(train_set))
     about = {"args": vars(args), "skeleton": skeleton._asdict()}
 
+    batches = iter(make_loader(train_set, stream, args.workers, device))
     stopped = False
     while step < stop and not stopped:
         model.train()
         sums, norm, waited = train_step(model, criterion, batches, optimizer, scaler, parameters,
-                                        device, args, sigma_scale(step, widen_steps, args.sigma_start))
+                                        device, args,
+                                        sigma_scale(step, widen_steps, args.sigma_start))
         scheduler.step()
         step += 1
         ema.update(step)
@@ -454,9 +472,7 @@ def main() -> None:
             best = stopper.best
             stopped = stopper.update(metrics["AP"], epoch)
             if rank == 0:
-                log.write({"step": step, "epoch": epoch, **metrics})
-                print(f"epoch {epoch}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()),
-                      flush=True)
+                log.evaluation(step, epoch, metrics)
                 save_people(f"{args.out}/predictions.jpg", val_set,
                             [(0, i) for i in range(min(16, len(val_set)))], ema.model, device)
                 if stopper.best > best:
@@ -466,8 +482,9 @@ def main() -> None:
             save_checkpoint(f"{args.out}/last.pt", {
                 "step": step, **about, **{name: part.state_dict() for name, part in parts.items()}})
     if rank == 0:
-        print(f"{'stopped early' if stopped else 'done'}: {step} steps, best AP "
-              f"{stopper.best:.4f} after epoch {stopper.best_epoch}; see {args.out}")
+        print(f"{'stopped early' if stopped else 'done'} at step {step}; " + (
+            f"best AP {stopper.best:.4f} after epoch {stopper.best_epoch}; see {args.out}"
+            if stopper.best_epoch else f"not evaluated yet; see {args.out}"))
     if dist.is_initialized():
         dist.destroy_process_group()
 

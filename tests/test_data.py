@@ -1,4 +1,4 @@
-"""Pixels and points move together, samples depend on nothing but their key, bad files are refused."""
+"""Pixels and points move together, a sample depends on its key alone, bad files are refused."""
 import json
 
 import numpy as np
@@ -58,13 +58,13 @@ def centroid_errors(sample: dict, zoom: float) -> list:
                 continue
             left, top = int(px - radius), int(py - radius)
             window = pixels[top:int(py + radius) + 2, left:int(px + radius) + 2]
-            y, x = np.mgrid[:window.shape[0], :window.shape[1]] + np.array([top, left])[:, None, None]
-            near = np.hypot(x + 0.5 - px, y + 0.5 - py) < radius
+            y, x = np.mgrid[:window.shape[0], :window.shape[1]] + 0.5
+            x, y = x + left, y + top
+            near = np.hypot(x - px, y - py) < radius
             others = np.delete(window, channel, axis=2).max(2)
             if np.ptp(others[near]) > 6:
                 continue
             light = (window[..., channel] - others).clip(0) * near
-            x, y = x + 0.5, y + 0.5
             errors.append([(light * x).sum() / light.sum() - px,
                            (light * y).sum() / light.sum() - py])
     return errors

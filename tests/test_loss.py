@@ -298,3 +298,11 @@ def test_unclaimed_anchors_in_ignore_boxes_are_no_background(reference):
     gradient, = torch.autograd.grad(loss_of(raw, targets, reference=reference)[0], logits)
     assert ignored.sum() > 50 and (covered & ~ignored).sum() > 20
     assert torch.equal(gradient == 0, ignored & (not reference))
+
+
+def test_a_wider_tolerance_is_that_of_wider_sigmas():
+    raw, targets = scene()
+    wide, _ = PoseLoss(SIGMAS)(raw, decode(raw), targets, sigma_scale=3.0)
+    want, _ = PoseLoss(3 * SIGMAS)(raw, decode(raw), targets)
+    plain, _ = PoseLoss(SIGMAS)(raw, decode(raw), targets)
+    assert wide == want and wide["pose_reg"] < plain["pose_reg"]

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from model import YoloNasPose
-from schedule import (EMA, EarlyStopping, ema_decay, linear_scaled_lr, make_scheduler, param_groups,
-                      sigma_scale, warmup_cosine)
+from schedule import (EMA, EarlyStopping, check_warmup, ema_decay, linear_scaled_lr, make_scheduler,
+                      param_groups, sigma_scale, warmup_cosine)
 
 
 def test_the_rate_meets_its_ends():
@@ -45,9 +45,9 @@ def test_lambda_lr_follows_the_curve_and_a_resumed_one_stands_on_it():
 
 
 def test_a_warmup_longer_than_training_is_refused():
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    check_warmup(9, 10)
     with pytest.raises(ValueError, match="train longer or warm up less"):
-        make_scheduler(optimizer, 10, 10, 0.1)
+        check_warmup(10, 10)
 
 
 def test_equal_global_batches_get_equal_rates():

@@ -1,0 +1,113 @@
+"""Selection against the reference, AP against pycocotools on files, and labels that score 1."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from data import COCO_NAMES, COCO_SIGMAS, PAD_MODES, CocoPose, collate, flatten, read_skeleton, undo
+from evaluate import keypoint_ap, quiet_coco, select, to_coco, val_batches
+from people import draw_dataset
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.parametrize("case", ["val", "coco_eval", "predict", "few", "none"])
+def test_selection_is_the_references(case):
+    dump = np.load(FOLDER / "postproc.npz")
+    conf, iou, pre, post = dump[f"{case}/config"]
+    kept = select(torch.tensor(dump["boxes"]), torch.tensor(dump["scores"]),
+                  float(np.float32(conf)), float(iou), int(pre), int(post))
+    assert kept.tolist() == dump[f"{case}/anchors"].tolist()
+
+
+def coco_file(gt: np.ndarray) -> dict:
+    """Rows image, x, y, w, h, area, crowd, 17 x (x, y, v) as a json."""
+    annotations = [{"id": i + 1, "image_id": int(row[0]), "category_id": 1,
+                    "bbox": row[1:5].tolist(), "area": float(row[5]), "iscrowd": int(row[6]),
+                    "keypoints": row[7:].tolist(), "num_keypoints": int((row[9::3] > 0).sum())}
+                   for i, row in enumerate(gt)]
+    return {"images": [{"id": i, "width": 640, "height": 640, "file_name": f"{i}"}
+                       for i in range(int(gt[:, 0].max()) + 1)],
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "person", "keypoints": COCO_NAMES, "skeleton": []}]}
+
+
+def detections(dt: np.ndarray, images: list) -> dict:
+    """Rows image, score, 17 x (x, y, v) through to_coco."""
+    return {i: to_coco(i, 1, dt[dt[:, 0] == i, 1],
+                       dt[dt[:, 0] == i, 2:].reshape(-1, 17, 3)[..., :2] + 0.5,
+                       np.ones((int((dt[:, 0] == i).sum()), 17))) for i in images}
+
+
+def test_ap_is_that_of_pycocotools_on_the_same_files(tmp_path):
+    """Also equal to the numbers that the reference kept for these detections."""
+    dump = np.load(FOLDER / "metric.npz")
+    labels = coco_file(dump["gt"])
+    by_image = detections(dump["dt"], [image["id"] for image in labels["images"]])
+    ours = keypoint_ap(quiet_coco(labels), by_image, COCO_SIGMAS)
+
+    (tmp_path / "gt.json").write_text(json.dumps(labels))
+    (tmp_path / "dt.json").write_text(json.dumps([r for rows in by_image.values() for r in rows]))
+    truth = COCO(str(tmp_path / "gt.json"))
+    scorer = COCOeval(truth, truth.loadRes(str(tmp_path / "dt.json")), "keypoints")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    np.testing.assert_allclose(list(ours.values()), scorer.stats, atol=1e-12)
+    np.testing.assert_allclose(list(ours.values()), dump["pycocotools_stats"], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> str:
+    root = str(tmp_path_factory.mktemp("people") / "set")
+    draw_dataset(root, train=1, val=12, side=96)
+    return root
+
+
+@pytest.mark.parametrize("size", [64, 256, 416])
+@pytest.mark.parametrize("pad", PAD_MODES)
+def test_labels_that_enter_after_nms_score_one(drawn, pad, size):
+    """Through padding, un-padding and half pixels. Real photos too, where COCO_ROOT names them."""
+    sets = [(f"{drawn}/annotations/person_keypoints_val2017.json", f"{drawn}/val2017")]
+    if root := os.environ.get("COCO_ROOT"):
+        sets.append((f"{root}/annotations/person_keypoints_val2017.json", f"{root}/val2017"))
+    for path, folder in sets:
+        labels = json.loads(Path(path).read_text())
+        dataset = CocoPose(flatten(labels), folder, read_skeleton(labels), size, pad)
+        by_image = {}
+        for key in ((0, i) for i in range(min(len(dataset), 60))):
+            _, targets = collate([dataset[key]])
+            people = targets["keypoints"][0]
+            people = people[(people[..., 2] > 0).any(-1) & ~targets["crowd"][0]].double().numpy()
+            xy = undo(people[..., :2], targets["matrix"][0].numpy())
+            image_id = int(targets["image_id"])
+            by_image[image_id] = to_coco(image_id, 1, np.ones(len(people)), xy, people[..., 2])
+        assert keypoint_ap(quiet_coco(labels), by_image, COCO_SIGMAS)["AP"] >= 1 - 1e-9
+
+
+def test_images_without_people_or_detections_count(drawn):
+    """A false person in an empty image costs, a missed person costs, and nothing at all is 0."""
+    labels = json.loads(Path(f"{drawn}/annotations/person_keypoints_val2017.json").read_text())
+    labels["images"].append({"id": 999, "file_name": "none", "width": 96, "height": 96})
+    truth = quiet_coco(labels)
+    perfect = {image["id"]: [] for image in labels["images"]}
+    for ann in labels["annotations"]:
+        perfect[ann["image_id"]].append({"image_id": ann["image_id"], "category_id": 1,
+                                         "score": 0.5, "keypoints": ann["keypoints"]})
+    assert keypoint_ap(truth, perfect, COCO_SIGMAS)["AP"] == pytest.approx(1)
+    false = {**perfect, 999: [{**perfect[0][0], "image_id": 999, "score": 0.9}]}
+    assert keypoint_ap(truth, false, COCO_SIGMAS)["AP"] < 0.99
+    assert keypoint_ap(truth, {**perfect, 0: []}, COCO_SIGMAS)["AP"] < 0.99
+    assert keypoint_ap(truth, {i: [] for i in perfect}, COCO_SIGMAS)["AP"] == 0
+
+
+def test_every_image_is_evaluated_by_exactly_one_process():
+    for world_size in (1, 2, 3):
+        shares = [val_batches(10, 4, rank, world_size) for rank in range(world_size)]
+        keys = sorted(key for share in shares for batch in share for key in batch)
+        assert keys == [(0, i) for i in range(10)]

@@ -1,0 +1,52 @@
+"""The shape of the repository: who imports whom, how long files and functions are, docstrings."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES = {"train": 620, "model": 450, "loss": 320, "data": 480, "schedule": 260, "evaluate": 380,
+         "draw": 320, "people": 180, "predict": 110, "export": 160}
+MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
+              "export": {"evaluate", "model", "data", "draw"},
+              "evaluate": {"model", "data", "loss", "draw"}}
+PACKAGES = {"torch", "torchvision", "numpy", "PIL", "pycocotools"}
+FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+             for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_form_a_tree_of_known_packages(name):
+    import sys
+    found = imported(FILES[name])
+    assert found & set(LINES) <= MAY_IMPORT.get(name, set())
+    assert found - set(LINES) - set(sys.stdlib_module_names) <= PACKAGES
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_files_and_functions_can_be_read(name):
+    text = (ROOT / f"{name}.py").read_text().splitlines()
+    assert len(text) <= LINES[name]
+    assert max(map(len, text)) <= 100
+    for node in ast.walk(FILES[name]):
+        if isinstance(node, ast.FunctionDef):
+            longest = {"main": 120, "parse_args": 180}.get(node.name, 60)
+            assert node.end_lineno - node.lineno < longest, node.name
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_public_things_have_a_docstring(name):
+    assert ast.get_docstring(FILES[name])
+    for node in FILES[name].body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
+            assert ast.get_docstring(node), node.name
+
+
+def test_fixtures_stay_small():
+    assert sum(path.stat().st_size for path in ROOT.glob("tests/*.npz")) <= 500_000

@@ -1,0 +1,163 @@
+"""train.py and evaluate.py as a user runs them: in processes of their own, on a small drawn set."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluate import load_model, predict
+from people import draw_dataset
+from train import DEMO, RECIPES, epoch_ends, fill_recipe, parse_args
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
+         "--warmup", "2", "--workers", "1", "--log-every", "1"]
+
+
+def run(script: str, *flags, launcher: tuple = (sys.executable,)) -> subprocess.CompletedProcess:
+    return subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True,
+                          text=True, timeout=250)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A folder with a set of 10 + 6 images and a finished run of 3 epochs in 8 steps."""
+    folder = tmp_path_factory.mktemp("small")
+    draw_dataset(str(folder / "people"), train=10, val=6, side=64)
+    done = run("train.py", "--data", folder / "people", "--out", folder / "run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def log_lines(run_folder: Path, timing: bool = True) -> list[dict]:
+    """The log, with or without what the clock and the machine decide."""
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    clock = () if timing else ("img_s", "data_wait", "memory_gb")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def test_a_run_says_its_plan_and_leaves_what_it_promised(small):
+    said = (small / "stdout").read_text()
+    for part in ("10 to train on, 6 to evaluate", "4 images x 1 processes x 1 micro-batches = 4",
+                 "steps         8 for 3 epochs", "peak lr", "warmup", "recipe n", "ETA", "img/s"):
+        assert part in said
+    lines = log_lines(small / "run")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert [(line["step"], line["epoch"]) for line in lines if "AP" in line] == [(3, 1), (5, 2),
+                                                                               (8, 3)]
+    for name in ("first_batch.jpg", "predictions.jpg", "best.pt", "last.pt"):
+        assert (small / "run" / name).stat().st_size > 1000
+    last = torch.load(small / "run" / "last.pt", weights_only=True)
+    assert last["format"] == "nanopose" and last["step"] == 8
+    assert last["args"]["train_pad"] == "center" and last["args"]["val_pad"] == "bottom_right"
+    assert last["skeleton"]["names"][5] == "left_shoulder"
+    assert not list((small / "run").glob("*.tmp"))
+
+
+def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_by_bit(small):
+    args = ("--data", small / "people", "--out", small / "resumed", *SMALL)
+    assert run("train.py", *args, "--max-steps", 4).returncode == 0  # in the middle of an epoch
+    again = run("train.py", "--out", small / "resumed", "--resume")
+    assert again.returncode == 0, again.stderr
+    one, two = (torch.load(small / name / "last.pt", weights_only=True)
+                for name in ("run", "resumed"))
+    for part in ("model", "ema"):
+        assert one[part].keys() == two[part].keys()
+        assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
+    for p in one["optimizer"]["state"]:
+        for name, tensor in one["optimizer"]["state"][p].items():
+            assert torch.equal(tensor, two["optimizer"]["state"][p][name])
+    assert one["stopper"] == two["stopper"]
+    assert log_lines(small / "run", timing=False) == log_lines(small / "resumed", timing=False)
+
+
+def test_evaluate_repeats_the_numbers_of_the_run(small):
+    numbers = small / "numbers.json"
+    done = run("evaluate.py", "--data", small / "people", "--weights", small / "run" / "last.pt",
+               "--workers", 1, "--batch-size", 4, "--metrics", numbers,
+               "--results", small / "results.json")
+    assert done.returncode == 0, done.stderr
+    logged = [line for line in log_lines(small / "run") if "AP" in line][-1]
+    for name, value in json.loads(numbers.read_text()).items():
+        assert value == pytest.approx(logged[name], abs=1e-6)
+    found = json.loads((small / "results.json").read_text())
+    assert all(set(r) == {"image_id", "category_id", "score", "keypoints"} for r in found)
+
+
+def test_two_processes_train_and_agree(small):
+    done = run("train.py", "--data", small / "people", "--out", small / "two", *SMALL,
+               "--batch-size", "2", "--max-steps", 2,
+               launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone",
+                         "--nproc-per-node", "2"))
+    assert done.returncode == 0, done.stderr
+    assert "2 images x 2 processes x 1 micro-batches = 4" in done.stdout
+    assert [line["step"] for line in log_lines(small / "two")] == [1, 2]
+
+
+def test_a_finished_model_is_used_from_python_as_the_readme_says(small):
+    """predict on one file says what evaluate.py wrote for it."""
+    model, file = load_model(str(small / "run" / "last.pt"))
+    image = Image.open(small / "people" / "val2017" / "000003.jpg")
+    boxes, scores, keypoints = predict(model, file, image, conf=0.01)
+    written = [r for r in json.loads((small / "results.json").read_text()) if r["image_id"] == 3]
+    assert len(scores) == len(written) == len(boxes) > 0
+    for row, score, result in zip(keypoints, scores, written):
+        assert score == pytest.approx(result["score"], abs=1e-5)
+        want = np.reshape(result["keypoints"], (17, 3)) + [0.5, 0.5, 0]
+        np.testing.assert_allclose(row, want, atol=1e-2)
+
+
+def test_start_weights_are_loaded_and_listed(small):
+    done = run("train.py", "--data", small / "people", "--out", small / "tuned", *SMALL,
+               "--max-steps", 1, "--weights", small / "run" / "best.pt")
+    assert done.returncode == 0, done.stderr
+    assert "weights loaded 886" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("flags, code, message", [
+    (["--image-size", "100"], 2, "--image-size 100 must be a multiple of 32"),
+    (["--batch-size", "0"], 2, "--batch-size 0 must be positive"),
+    (["--model", "x"], 2, "invalid choice"),
+    (["--train-json", "a.json"], 2, "--train-images is missing"),
+    (["--data", "/nowhere"], 1, "no folder /nowhere/train2017"),
+    (["--resume", "--out", "/nowhere"], 1, "/nowhere/last.pt not found"),
+    (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "No such file"),
+    (["--weights", __file__, "--data", "PEOPLE"], 1, "is no checkpoint"),
+    (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
+    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "99"], 1, "train longer or warm up less"),
+    (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
+])
+def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, flags, code, message):
+    names = {"PEOPLE": str(small / "people"), "RUN": str(small / "run")}
+    flags = [names.get(flag, flag) for flag in flags]
+    if "--out" not in flags:
+        flags += ["--out", str(tmp_path / "out")]
+    done = run("train.py", *flags)
+    assert done.returncode == code
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_recipe_value_says_where_it_came_from():
+    args = parse_args(["--data", "x", "--model", "m", "--epochs", "300"])
+    source = fill_recipe(args)
+    assert (args.epochs, source["epochs"]) == (300, "flag")
+    assert (args.lr, args.lr_batch, source["lr"]) == (2e-3, 384, "from scratch, untested")
+    assert (args.augment, args.pose_weight, args.dfl_weight) == ("heavy", 10, 0.5)
+    tuned = parse_args(["--data", "x", "--model", "m", "--weights", "w"])
+    assert fill_recipe(tuned)["lr"] == "recipe m" and (tuned.lr, tuned.lr_batch) == (1e-4, 256)
+    demo = parse_args([])
+    assert fill_recipe(demo)["lr"] == "demo" and demo.image_size == DEMO["image_size"]
+    assert {size: (row["lr"], row["lr_batch"], row["batch_size"]) for size, row in RECIPES.items()
+            } == {"n": (2e-3, 480, 60), "s": (2e-3, 384, 48), "m": (1e-4, 256, 32),
+                  "l": (8e-5, 192, 24)}
+
+
+def test_evaluation_comes_after_the_step_that_completes_an_epoch():
+    assert epoch_ends(3, 10, 4) == {3: 1, 5: 2, 8: 3}
+    assert epoch_ends(4, 2, 4) == {1: 2, 2: 4}  # two epochs in one step
