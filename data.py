@@ -201,7 +201,8 @@ class Augment(NamedTuple):
 
 
 MOSAIC = Augment()
-FLIP = Augment(mosaic=0.0, contrast=0.0, hsv=0.0, affine=0.0)
+PLAIN = Augment(mosaic=0.0, flip=0.0, contrast=0.0, hsv=0.0, affine=0.0)
+FLIP = PLAIN._replace(flip=0.5)
 MOSAIC_HEAVY = Augment(contrast=0.75, contrast_range=0.3, bgr=0.5, hsv=0.75, hsv_gain=25.0,
                        rotate90=0.5, degrees=7.0, scale=(0.6, 1.75))
 
@@ -254,7 +255,7 @@ def random_color(mean: np.ndarray, rng: np.random.Generator, augment: Augment) -
     """Brightness, contrast, red-blue exchange, hue, saturation, value as one (3, 4) matrix.
 
     mean (3,) is the image's mean color, about which contrast turns. All of these are linear, or
-    nearly so, so they cost one product per pixel: see Image.convert. None means no change.
+    nearly so, so they cost one product per pixel: see Image.convert.
     """
     color = np.eye(3, 4)
     if rng.random() < augment.contrast:
@@ -269,7 +270,7 @@ def random_color(mean: np.ndarray, rng: np.random.Generator, augment: Augment) -
         turn = math.cos(hue) * np.eye(3) + (1 - math.cos(hue)) / 3 + math.sin(hue) * about_gray
         gray = np.tile([0.299, 0.587, 0.114], (3, 1))
         color = value * (saturation * np.eye(3) + (1 - saturation) * gray) @ turn @ color
-    return None if np.array_equal(color, np.eye(3, 4)) else color
+    return color
 
 
 def letterbox(width: int, height: int, size: int, pad: str) -> np.ndarray:
@@ -346,13 +347,13 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.I
 class CocoPose(Dataset):
     """Item (epoch, i) is the sample dict (see the top) of image i, changed as that epoch wants.
 
-    augment None leaves images as they are: scaled, padded and nothing else.
+    augment PLAIN leaves images as they are: scaled, padded and nothing else.
     keep_ignored keeps crowds and people without a labeled keypoint in view; else they are dropped,
     and crowds that have keypoints count as people, as in the original recipe.
     """
 
     def __init__(self, annotations: Annotations, folder: str, skeleton: Skeleton, size: int,
-                 pad: str, augment: Augment = None, seed: int = 0, keep_ignored: bool = True):
+                 pad: str, augment: Augment = PLAIN, seed: int = 0, keep_ignored: bool = True):
         self.annotations, self.folder, self.skeleton = annotations, folder, skeleton
         self.size, self.pad, self.augment, self.seed = size, pad, augment, seed
         self.keep_ignored = keep_ignored
@@ -363,15 +364,11 @@ class CocoPose(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         rng = sample_rng(self.seed, epoch, index)
-        indices, augment = [index], self.augment
-        if augment is not None and rng.random() < augment.mosaic:
+        indices = [index]
+        if rng.random() < self.augment.mosaic:
             indices += [int(i) for i in rng.integers(len(self), size=3)]
         sizes = [tuple(self.annotations.sizes[i].tolist()) for i in indices]
-        if augment is None:
-            frames = [(np.eye(3), width, height) for width, height in sizes]
-        else:
-            frames = [random_geometry(width, height, rng, augment) for width, height in sizes]
-
+        frames = [random_geometry(width, height, rng, self.augment) for width, height in sizes]
         corners, width, height = collage([(w, h) for _, w, h in frames])
         fit = letterbox(width, height, self.size, self.pad)
         canvas = Image.new("RGB", (self.size, self.size), PAD_COLOR)
@@ -392,12 +389,11 @@ class CocoPose(Dataset):
         width, height = self.annotations.sizes[index].tolist()
         zoom = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
         image, shrink = open_image(path, width, height, zoom)
-        if self.augment is not None:
-            # Before resampling, so that the padding around the image keeps its color.
-            mean = np.array(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
-            color = random_color(mean, rng, self.augment)
-            if color is not None:
-                image = image.convert("RGB", tuple(color.ravel().tolist()))
+        # Colors before resampling, so that the padding around the image keeps its own.
+        mean = np.array(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        color = random_color(mean, rng, self.augment)
+        if not np.array_equal(color, np.eye(3, 4)):
+            image = image.convert("RGB", tuple(color.ravel().tolist()))
         resample(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region)
 
     def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
@@ -475,12 +471,7 @@ class Stream:
             yield batch
 
 
-def one_thread(worker: int) -> None:
-    """Loader processes share the machine with each other: one thread each."""
-    torch.set_num_threads(1)
-
-
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
     """Batches of collate for an iterable of lists of (epoch, index)."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=device.type == "cuda", worker_init_fn=one_thread)
+                      pin_memory=device.type == "cuda")

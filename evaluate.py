@@ -172,6 +172,7 @@ def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", required=True, metavar="DIR",

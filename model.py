@@ -439,13 +439,12 @@ def load_weights(model: nn.Module, path: str) -> dict[str, list[str]]:
     """
     state, _ = read_weights(path)
     report = {"loaded": [], "skipped": [], "missing": [], "unused": []}
-    own = model.state_dict()
-    for name, tensor in own.items():
+    for name, tensor in model.state_dict().items():
         fits = name in state and state[name].shape == tensor.shape
         report["loaded" if fits else "skipped" if name in state else "missing"].append(name)
         if fits:
             tensor.copy_(state[name])
-    report["unused"] = [name for name in state if name not in own]
+    report["unused"] = sorted(set(state).difference(report["loaded"], report["skipped"]))
     if not report["loaded"]:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")
     return report

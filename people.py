@@ -1,14 +1,11 @@
 """The built-in data set: drawn people in COCO's file format, for a first run without a download.
-
-    python people.py DIR        # writes DIR/train2017, DIR/val2017 and DIR/annotations
-
+`python people.py DIR` writes DIR/train2017, DIR/val2017 and DIR/annotations.
 Points    complex numbers x + iy, y down, on a canvas OVERSAMPLE times finer than the image
-Polygons  a list of (color, points), back to front
-Mask      what each canvas pixel shows: 0 background, i person i = 1, 2, ..., or OCCLUDER
+Polygons  (color, points), back to front; a mask says 0 background, i = 1, 2, ... person or OCCLUDER
 """
-import argparse
 import json
 import os
+import sys
 import tempfile
 
 import numpy as np
@@ -20,7 +17,6 @@ CATEGORY = {"id": 1, "name": "person", "keypoints": ["nose"] + [
     for side in ("left", "right")], "skeleton": [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]}
-
 # Upper arm and elbow, thigh and knee: radians outwards from hanging down, for both or for each.
 ARMS = [(0.3, 0.1), (1.5, 0), (2.6, 0.2), (0.3, 0.1, 2.6, 0.2)]
 GLOVES = (250, 140, 0), (0, 150, 250)  # left, right; shoes are the same
@@ -46,7 +42,7 @@ def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float
     """Keypoints (17,) around the hips at 0, whether they face us (17,), yaw, and head radius."""
     yaw = np.clip(rng.normal(0, 0.4), -0.9, 0.9) + np.pi * (rng.random() < 0.1)  # 0 looks at us
     joints = np.zeros(17, complex)
-    head, nod, build = rng.uniform((0.1, -0.2, 0.9), (0.125, 0.3, 1.2))
+    head, nod, build = rng.uniform((0.115, -0.2, 1), (0.135, 0.3, 1.25))
     neck = rng.uniform(0.27, 0.33) * -1j * np.exp(1j * rng.normal(0, 0.15))
     up = neck / abs(neck) * np.exp(1j * rng.normal(0, 0.15))
     azimuth = yaw + np.array([0, 0.55, -0.55, 1.57, -1.57])  # of nose, eyes, ears
@@ -69,33 +65,33 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
     """(polygons, joints (17,), shown (17,)) of a figure `height` high on a canvas `width` wide."""
     joints, shown, yaw, head = random_pose(rng)
     skin = np.array((255, 210, 175)) * rng.uniform(0.4, 1)
-    shirt, trousers, trim = (random_color(rng, 130) for _ in range(3))
-    fat, legs, arms = rng.uniform(0.9, 1.3), [], ([], [])  # arms behind the body, and before it
-    for glove, (shoulder, elbow, wrist, hip, knee, ankle) in zip(GLOVES, (joints[5::2], joints[6::2])):
+    shirt, trousers = random_color(rng, 130), random_color(rng, 130)
+    fat, legs, arms = rng.uniform(1.1, 1.5), [], ([], [])  # arms behind the body, and before it
+    for k in (0, 1):  # left, right
+        glove, (shoulder, elbow, wrist, hip, knee, ankle) = GLOVES[k], joints[5 + k::2]
         toe = ankle + (ankle - knee) * 0.25 * np.exp(1j * rng.uniform(-1.2, 1.2))
         arms[rng.random() < 0.85].extend(
-            rounded(glove, [wrist, 1.15 * wrist - 0.15 * elbow], 0.038)
+            rounded(glove, [wrist, 1.15 * wrist - 0.15 * elbow], 0.042)
             + rounded(skin, [elbow, wrist], [0.036 * fat, 0.03 * fat])
             + rounded(shirt, [shoulder, elbow], [0.046 * fat, 0.038 * fat]))
-        legs += (rounded(glove, [ankle, toe], 0.036)
+        legs += (rounded(glove, [ankle, toe], 0.042)
                  + rounded(skin, [knee, ankle], [0.047 * fat, 0.034 * fat])
                  + rounded(trousers, [hip, knee], [0.065 * fat, 0.05 * fat]))
     neck, skull = joints[5:7].mean(), joints[3:5].mean()
     up = head * (skull - neck) / abs(skull - neck)
-    turned = 1j * up * np.sin(yaw)
     torso = joints[[6, 5, 11, 12] if np.cos(yaw) > 0 else [5, 6, 12, 11]]
     body = rounded(trousers, torso[2:], 0.06 * fat) + rounded(shirt, torso, 0.047 * fat)
     face = rounded(skin, [neck, skull], 0.035)
     for ear in joints[3:5][shown[3:5]]:
         face += rounded(skin, ear + [0, up / 9], 0.22 * head)
     face += rounded(0.3 * skin, [skull + 0.2 * up, skull - 0.05 * up], head)
-    if np.cos(yaw) > 0:  # seen from the front: a zip and a face
-        body += rounded(trim, [neck + 0.6 * turned, 0.5 * turned], 0.016, 0)
-        face += rounded(skin, skull + 0.3 * turned - [0.3 * up, 0.2 * up], 0.75 * head, 0)
+    if np.cos(yaw) > 0:  # seen from the front
+        turned = skull + 0.3j * up * np.sin(yaw)
+        face += rounded(skin, turned - [0.3 * up, 0.2 * up], 0.75 * head, 0)
         for k in np.flatnonzero(shown[:3]):
             face += rounded((9, 9, 40) if k else 0.7 * skin, joints[k] + [0, up / 9], head / 6, 0)
     polygons = arms[0] + legs + body + face + arms[1]
-    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.75, 0.21, 0.04])))
+    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.8, 0.17, 0.03])))
     points = (np.concatenate([p for _, p in polygons]) * turn).view(float).reshape(-1, 2)
     scale = min(np.array([0.9 * width, height]) / np.ptp(points, 0))  # a lying figure may be wide
     size, outside = scale * np.ptp(points, 0), 0.2 * rng.random() * (rng.random() < 0.2)
@@ -140,8 +136,8 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
     canvas = Image.fromarray(pixels.astype(np.uint8)).resize([width] * 2, Image.BILINEAR)
     for size in width * rng.uniform(0.05, 0.4, rng.integers(12)):
         paint(canvas, random_thing(rng, complex(*rng.uniform(0, width, 2)), size))
-    mask, count = Image.new("L", (width, width)), rng.choice(5, p=[0.5, 0.3, 0.12, 0.05, 0.03]) + 1
-    for height in width * (0.15 + (0.83 - 0.08 * count) * rng.random(count) ** 0.25):
+    mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.5, 0.28, 0.12, 0.05, 0.05]) + 1
+    for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.2, 0.4, count)):
         for _ in range(8):  # tries to leave enough of everybody in sight
             trial, value = mask.copy(), len(people) + 1
             polygons, *who = random_person(rng, height, width)
@@ -181,6 +177,4 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, 
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("root", nargs="?", default="drawn_people", help="folder to write; must not exist")
-    draw_dataset(p.parse_args().root)
+    draw_dataset(*sys.argv[1:] or ["drawn_people"])

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, Annotations, CocoPose, Skeleton, Stream,
-                  collate, find_split, flatten, make_loader, read_json, read_skeleton)
+from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Annotations, CocoPose, Skeleton,
+                  Stream, collate, find_split, flatten, make_loader, read_json, read_skeleton)
 from draw import contact_sheet, draw_people
 from evaluate import evaluate, quiet_coco, select, to_input, val_batches
 from loss import LossWeights, PoseLoss
@@ -38,7 +38,7 @@ from schedule import (EMA, EarlyStopping, check_warmup, linear_scaled_lr, make_s
                       param_groups, sigma_scale)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": None}
+AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
 
 # What a flag is when it is not given. lr belongs to lr_batch images a step and is scaled.
 COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": 1000,

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import data
-from data import (MOSAIC, MOSAIC_HEAVY, PAD_COLOR, PAD_MODES, Augment, CocoPose, Stream, collage,
-                  collate, flatten, letterbox, make_loader, move, read_json, read_skeleton, undo)
+from data import (MOSAIC, MOSAIC_HEAVY, PAD_COLOR, PAD_MODES, PLAIN, Augment, CocoPose, Stream,
+                  collage, collate, flatten, letterbox, make_loader, move, read_json, read_skeleton, undo)
 
 NAMES = ["left_dot", "right_dot", "blue"]
 NO_COLOR = {"contrast": 0.0, "hsv": 0.0, "bgr": 0.0}
@@ -40,7 +40,7 @@ def dot_images(folder, suffix: str, count: int = 6) -> dict:
     return labels(images, annotations)
 
 
-def dataset(coco: dict, folder, size: int = 256, pad: str = "center", augment=None,
+def dataset(coco: dict, folder, size: int = 256, pad: str = "center", augment=PLAIN,
             **more) -> CocoPose:
     return CocoPose(flatten(coco), str(folder), read_skeleton(coco, ""), size, pad, augment, **more)
 

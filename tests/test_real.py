@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from data import MOSAIC, CocoPose, collate, find_split, flatten, read_json, read_skeleton
+from data import MOSAIC, PLAIN, CocoPose, collate, find_split, flatten, read_json, read_skeleton
 from evaluate import to_input
 from loss import PoseLoss, assign
 from model import YoloNasPose, decode
@@ -12,7 +12,7 @@ from model import YoloNasPose, decode
 pytestmark = pytest.mark.skipif("COCO_ROOT" not in os.environ, reason="COCO_ROOT is not set")
 
 
-def open_split(split: str, size: int, augment=None) -> CocoPose:
+def open_split(split: str, size: int, augment=PLAIN) -> CocoPose:
     path, folder = find_split(os.environ["COCO_ROOT"], split)
     labels = read_json(path)
     return CocoPose(flatten(labels), folder, read_skeleton(labels), size, "center", augment)
