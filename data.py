@@ -322,7 +322,7 @@ def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.n
     shrink = shrink_for(matrix[0, 0])
     region = move(np.array([[0, 0], image.size]), matrix).reshape(4)
     resample(canvas, image.reduce(shrink), matrix @ np.diag([shrink, shrink, 1]), region)
-    return np.asarray(canvas), matrix
+    return np.array(canvas), matrix
 
 
 def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.Image, int]:

@@ -87,7 +87,7 @@ def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
                 empty list: left out, it would not be scored, and AP would look better than it is.
     -1 means that no labeled person is in that class of sizes.
     """
-    results = [result for found in by_image.values() for result in found]
+    results = [dict(r) for found in by_image.values() for r in found]  # loadRes adds keys to them
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
         if results:
             found = truth.loadRes(results)

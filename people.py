@@ -40,7 +40,7 @@ def rounded(color: np.ndarray, corners: list, radius: list, edge: float = 0.008)
 
 def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Keypoints (17,) around the hips at 0, whether they face us (17,), yaw, and head radius."""
-    yaw = np.clip(rng.normal(0, 0.4), -0.9, 0.9) + np.pi * (rng.random() < 0.1)  # 0 looks at us
+    yaw = np.clip(rng.normal(0, 0.3), -0.9, 0.9) + np.pi * (rng.random() < 0.07)  # 0 looks at us
     joints = np.zeros(17, complex)
     head, nod, build = rng.uniform((0.115, -0.2, 1), (0.135, 0.3, 1.25))
     neck = rng.uniform(0.27, 0.33) * -1j * np.exp(1j * rng.normal(0, 0.15))
@@ -49,13 +49,13 @@ def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float
     high = (1.35, 1.67, 1.67, 1.5, 1.5) - nod * np.cos(azimuth)
     joints[:5] = neck + head * up * (high + 0.95j * np.sin(azimuth))
     shown = np.append(np.cos(azimuth) > (0.1, 0.1, 0.1, -0.3, -0.3), [True] * 12)  # ears stick out
-    arms, legs = ARMS[rng.integers(len(ARMS))], LEGS[rng.integers(len(LEGS))]
+    arms, legs = ARMS[rng.choice(4, p=[0.3, 0.3, 0.3, 0.1])], LEGS[rng.integers(3)]
     for k in rng.permutation(2):  # left, right; who waves or kicks varies
         left = np.cos(yaw) * (1 - 2 * k)  # > 0 where this half of the body is the image's right
         joints[5 + k], joints[11 + k] = neck + 0.125j * build * left * up, 0.075 * build * left
-        arm, fold, leg, shin = rng.normal((*arms[:2], *legs[:2]), 0.12)
+        arm, fold, leg, shin = rng.normal((*arms[:2], *legs[:2]), 0.1)
         arms, legs = arms[-2:], legs[-2:]
-        lengths = rng.uniform((0.15, 0.14, 0.16, 0.18), (0.18, 0.17, 0.21, 0.22))  # as seen
+        lengths = rng.uniform((0.16, 0.15, 0.18, 0.19), (0.18, 0.17, 0.2, 0.21))  # as seen
         for j, length, angle in zip((7, 9, 13, 15), lengths, (arm, arm + fold, leg, shin)):
             joints[j + k] = joints[j + k - 2] + length * 1j / np.exp(1j * np.sign(left) * angle)
     return joints, shown, yaw, head
@@ -66,7 +66,7 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
     joints, shown, yaw, head = random_pose(rng)
     skin = np.array((255, 210, 175)) * rng.uniform(0.4, 1)
     shirt, trousers = random_color(rng, 130), random_color(rng, 130)
-    fat, legs, arms = rng.uniform(1.1, 1.5), [], ([], [])  # arms behind the body, and before it
+    fat, legs, arms = rng.uniform(1.2, 1.6), [], ([], [])  # arms behind the body, and before it
     for k in (0, 1):  # left, right
         glove, (shoulder, elbow, wrist, hip, knee, ankle) = GLOVES[k], joints[5 + k::2]
         toe = ankle + (ankle - knee) * 0.25 * np.exp(1j * rng.uniform(-1.2, 1.2))
@@ -136,8 +136,8 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
     canvas = Image.fromarray(pixels.astype(np.uint8)).resize([width] * 2, Image.BILINEAR)
     for size in width * rng.uniform(0.05, 0.4, rng.integers(12)):
         paint(canvas, random_thing(rng, complex(*rng.uniform(0, width, 2)), size))
-    mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.5, 0.28, 0.12, 0.05, 0.05]) + 1
-    for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.2, 0.4, count)):
+    mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.6, 0.22, 0.1, 0.04, 0.04]) + 1
+    for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.5, 0.3, count)):
         for _ in range(8):  # tries to leave enough of everybody in sight
             trial, value = mask.copy(), len(people) + 1
             polygons, *who = random_person(rng, height, width)

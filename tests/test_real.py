@@ -19,24 +19,25 @@ def open_split(split: str, size: int, augment=PLAIN) -> CocoPose:
 
 
 def test_a_fresh_network_teaches_every_labeled_person_in_view():
-    """The reference's rule, oks_floor 0 with an absolute epsilon, loses about half of them."""
-    dataset, skipped, taught = open_split("train2017", 448), 0, {0.1: [], 0.0: []}
-    for index in range(12):
-        images, targets = collate([dataset[0, index]])
-        torch.manual_seed(index)
-        with torch.no_grad():
-            raw = YoloNasPose("n").eval()(to_input(images, torch.device("cpu")))
-        out, sigmas = decode(raw), torch.tensor(dataset.skeleton.sigmas)
-        people = (targets["keypoints"][..., 2] > 0).any(-1) & ~targets["crowd"]
-        for floor, found in taught.items():
-            person, weight = assign(out.scores, out.boxes, out.keypoints, raw.centers,
-                                    targets["boxes"], targets["keypoints"], people, sigmas,
-                                    oks_floor=floor)
-            for row in people[0].nonzero()[:, 0]:
-                found.append(float(weight[person == row].sum()))
-    assert len(taught[0.1]) > 12
-    assert min(taught[0.1]) > 1e-3
-    assert sum(weight > 1e-3 for weight in taught[0.0]) < 0.8 * len(taught[0.0])
+    """The reference's rule, oks_floor 0 beside an absolute epsilon, leaves some with next to none."""
+    dataset = open_split("train2017", 448)
+    images, targets = collate([dataset[0, i] for i in range(12)])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        raw = YoloNasPose("n").train()(to_input(images, torch.device("cpu")))
+    out, sigmas = decode(raw), torch.tensor(dataset.skeleton.sigmas)
+    people = (targets["keypoints"][..., 2] > 0).any(-1) & ~targets["crowd"]            # (B, M)
+    best = {}
+    for floor in (0.1, 0.0):
+        person, weight = assign(out.scores, out.boxes, out.keypoints, raw.centers,
+                                targets["boxes"], targets["keypoints"], people, sigmas,
+                                oks_floor=floor)
+        best[floor] = torch.stack([(weight * (person == m)).amax(1)
+                                   for m in range(people.shape[1])], 1)[people]        # (people,)
+    print("people", len(best[0.1]), "least target", best[0.1].min().item(),
+          "without a target by the reference's rule", (best[0.0] < 1e-3).float().mean().item())
+    assert len(best[0.1]) > 12 and best[0.1].min() > 1e-3
+    assert (best[0.0] < 1e-3).float().mean() > 0.1
 
 
 def test_crowds_and_unlabeled_people_give_no_class_gradient():
