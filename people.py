@@ -91,7 +91,7 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
         for k in np.flatnonzero(shown[:3]):
             face += rounded((9, 9, 40) if k else 0.7 * skin, joints[k] + [0, up / 9], head / 6, 0)
     polygons = arms[0] + legs + body + face + arms[1]
-    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.8, 0.17, 0.03])))
+    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.85, 0.13, 0.02])))
     points = (np.concatenate([p for _, p in polygons]) * turn).view(float).reshape(-1, 2)
     scale = min(np.array([0.9 * width, height]) / np.ptp(points, 0))  # a lying figure may be wide
     size, outside = scale * np.ptp(points, 0), 0.2 * rng.random() * (rng.random() < 0.2)
@@ -137,7 +137,7 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
     for size in width * rng.uniform(0.05, 0.4, rng.integers(12)):
         paint(canvas, random_thing(rng, complex(*rng.uniform(0, width, 2)), size))
     mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.6, 0.22, 0.1, 0.04, 0.04]) + 1
-    for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.5, 0.3, count)):
+    for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.8, 0.22, count)):
         for _ in range(8):  # tries to leave enough of everybody in sight
             trial, value = mask.copy(), len(people) + 1
             polygons, *who = random_person(rng, height, width)

@@ -41,7 +41,7 @@ AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
 
 # What a flag is when it is not given. lr belongs to lr_batch images a step and is scaled.
-COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1,
+COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": None,
           "warmup_start": 0.0, "final_ratio": 0.05, "weight_decay": 1e-6, "ema_decay": 0.997,
           "sigma_start": 8.0, "sigma_epochs": 5.0}
 NS = {**COMMON, "lr": 2e-3, "ema": "threshold", "dfl_weight": 0.01, "pose_weight": 34.0,
@@ -57,7 +57,7 @@ RECIPES = {
 FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
 # A few minutes on two CPU cores: small images, and the wide tolerance nearly to the end.
 DEMO = {"image_size": 96, "epochs": 7, "batch_size": 8, "lr_batch": 8, "lr": 2e-3,
-        "augment": "flip", "eval_every": 2, "ema_decay": 0.99, "sigma_epochs": 6.6}
+        "augment": "flip", "eval_every": 2, "warmup": 50, "ema_decay": 0.99, "sigma_epochs": 6.6}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
