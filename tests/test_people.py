@@ -125,7 +125,6 @@ def test_the_median_pose_in_the_true_box_scores_next_to_nothing():
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    print("MEDIAN AP", scorer.stats[0])
     assert 0 <= scorer.stats[0] <= 0.05
 
 

@@ -34,8 +34,6 @@ def test_a_fresh_network_teaches_every_labeled_person_in_view():
                                 oks_floor=floor)
         best[floor] = torch.stack([(weight * (person == m)).amax(1)
                                    for m in range(people.shape[1])], 1)[people]        # (people,)
-    print("people", len(best[0.1]), "least target", best[0.1].min().item(),
-          "without a target by the reference's rule", (best[0.0] < 1e-3).float().mean().item())
     assert len(best[0.1]) > 12 and best[0.1].min() > 1e-3
     assert (best[0.0] < 1e-3).float().mean() > 0.1
 
