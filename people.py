@@ -40,7 +40,7 @@ def rounded(color: np.ndarray, corners: list, radius: list, edge: float = 0.008)
 
 def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Keypoints (17,) around the hips at 0, whether they face us (17,), yaw, and head radius."""
-    yaw = np.clip(rng.normal(0, 0.3), -0.9, 0.9) + np.pi * (rng.random() < 0.07)  # 0 looks at us
+    yaw = np.clip(rng.normal(0, 0.25), -0.9, 0.9) + np.pi * (rng.random() < 0.07)  # 0 looks at us
     joints = np.zeros(17, complex)
     head, nod, build = rng.uniform((0.115, -0.2, 1), (0.135, 0.3, 1.25))
     neck = rng.uniform(0.27, 0.33) * -1j * np.exp(1j * rng.normal(0, 0.15))
@@ -49,11 +49,11 @@ def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float
     high = (1.35, 1.67, 1.67, 1.5, 1.5) - nod * np.cos(azimuth)
     joints[:5] = neck + head * up * (high + 0.95j * np.sin(azimuth))
     shown = np.append(np.cos(azimuth) > (0.1, 0.1, 0.1, -0.3, -0.3), [True] * 12)  # ears stick out
-    arms, legs = ARMS[rng.choice(4, p=[0.3, 0.3, 0.3, 0.1])], LEGS[rng.integers(3)]
+    arms, legs = ARMS[rng.choice(4, p=[0.36, 0.27, 0.27, 0.1])], LEGS[rng.integers(3)]
     for k in rng.permutation(2):  # left, right; who waves or kicks varies
         left = np.cos(yaw) * (1 - 2 * k)  # > 0 where this half of the body is the image's right
         joints[5 + k], joints[11 + k] = neck + 0.125j * build * left * up, 0.075 * build * left
-        arm, fold, leg, shin = rng.normal((*arms[:2], *legs[:2]), 0.1)
+        arm, fold, leg, shin = rng.normal((*arms[:2], *legs[:2]), 0.08)
         arms, legs = arms[-2:], legs[-2:]
         lengths = rng.uniform((0.16, 0.15, 0.18, 0.19), (0.18, 0.17, 0.2, 0.21))  # as seen
         for j, length, angle in zip((7, 9, 13, 15), lengths, (arm, arm + fold, leg, shin)):
@@ -71,10 +71,10 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
         glove, (shoulder, elbow, wrist, hip, knee, ankle) = GLOVES[k], joints[5 + k::2]
         toe = ankle + (ankle - knee) * 0.25 * np.exp(1j * rng.uniform(-1.2, 1.2))
         arms[rng.random() < 0.85].extend(
-            rounded(glove, [wrist, 1.15 * wrist - 0.15 * elbow], 0.042)
+            rounded(glove, [wrist, 1.15 * wrist - 0.15 * elbow], 0.055)
             + rounded(skin, [elbow, wrist], [0.036 * fat, 0.03 * fat])
             + rounded(shirt, [shoulder, elbow], [0.046 * fat, 0.038 * fat]))
-        legs += (rounded(glove, [ankle, toe], 0.042)
+        legs += (rounded(glove, [ankle, toe], 0.052)
                  + rounded(skin, [knee, ankle], [0.047 * fat, 0.034 * fat])
                  + rounded(trousers, [hip, knee], [0.065 * fat, 0.05 * fat]))
     neck, skull = joints[5:7].mean(), joints[3:5].mean()
@@ -91,7 +91,7 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
         for k in np.flatnonzero(shown[:3]):
             face += rounded((9, 9, 40) if k else 0.7 * skin, joints[k] + [0, up / 9], head / 6, 0)
     polygons = arms[0] + legs + body + face + arms[1]
-    turn = np.exp(1j * rng.normal(0, rng.choice([0.15, 0.4, 3], p=[0.85, 0.13, 0.02])))
+    turn = np.exp(1j * rng.normal(0, rng.choice([0.13, 0.4, 3], p=[0.87, 0.11, 0.02])))
     points = (np.concatenate([p for _, p in polygons]) * turn).view(float).reshape(-1, 2)
     scale = min(np.array([0.9 * width, height]) / np.ptp(points, 0))  # a lying figure may be wide
     size, outside = scale * np.ptp(points, 0), 0.2 * rng.random() * (rng.random() < 0.2)
@@ -136,12 +136,12 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
     canvas = Image.fromarray(pixels.astype(np.uint8)).resize([width] * 2, Image.BILINEAR)
     for size in width * rng.uniform(0.05, 0.4, rng.integers(12)):
         paint(canvas, random_thing(rng, complex(*rng.uniform(0, width, 2)), size))
-    mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.6, 0.22, 0.1, 0.04, 0.04]) + 1
+    mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.75, 0.12, 0.06, 0.04, 0.03]) + 1
     for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.8, 0.22, count)):
         for _ in range(8):  # tries to leave enough of everybody in sight
             trial, value = mask.copy(), len(people) + 1
             polygons, *who = random_person(rng, height, width)
-            size = height * rng.uniform(0.15, 0.4) * (rng.random() < 0.25)
+            size = height * rng.uniform(0.12, 0.3) * (rng.random() < 0.2)
             thing = random_thing(rng, who[0][rng.integers(5, 17)], size) if size else []
             paint(trial, polygons, value)
             areas = [*whole, trial.histogram()[value] / OVERSAMPLE ** 2]

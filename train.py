@@ -56,8 +56,8 @@ RECIPES = {
 # The rates of m and l are for weights of a trained detector. From random weights: untested.
 FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
 # A few minutes on two CPU cores: small images, and the wide tolerance nearly to the end.
-DEMO = {"image_size": 96, "epochs": 7, "batch_size": 8, "lr_batch": 8, "lr": 2e-3,
-        "augment": "flip", "eval_every": 2, "warmup": 50, "ema_decay": 0.99, "sigma_epochs": 6.6}
+DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
+        "augment": "flip", "eval_every": 2, "warmup": 50, "ema_decay": 0.99, "sigma_epochs": 7.5}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
