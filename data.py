@@ -23,9 +23,11 @@ writing results subtracts it, and nothing in between knows.
 Geometry: whatever happens to an image (mirror, rotation, zoom, mosaic, padding) is one 3 x 3
 matrix, so its pixels are resampled once and its points move by the same numbers.
 """
+import itertools
 import json
 import math
 import os
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,7 +42,7 @@ COCO_NAMES = ["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_sh
               "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"]
 COCO_SIGMAS = [.026, .025, .025, .035, .035, .079, .079, .072, .072, .062, .062, .107, .107, .087,
                .087, .089, .089]
-DEFAULT_SIGMA = 0.05   # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
+DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
 PAD_COLOR = (127, 127, 127)
 PAD_MODES = ("center", "bottom_right")
@@ -146,8 +148,7 @@ def flatten(coco: dict, only_people: bool = False) -> Annotations:
         ids=np.array([image["id"] for image in images], np.int64),
         sizes=np.array([[image["width"], image["height"]] for image in images], np.int64),
         offsets=np.cumsum([0] + [len(people[image["id"]]) for image in images]),
-        boxes=boxes, keypoints=keypoints,
-        crowd=np.array([bool(ann["iscrowd"]) for ann in rows], bool))
+        boxes=boxes, keypoints=keypoints, crowd=np.array([a["iscrowd"] for a in rows], bool))
 
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
@@ -328,8 +329,8 @@ def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.n
 def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.Image, int]:
     """The image as RGB, shrunk by a power of two as far as a later `zoom` allows; that power.
 
-    The later resampling then reduces by less than 2, or it would alias. JPEG files decode at the
-    reduced size at once. Rotation tags (EXIF) are ignored, as COCO's json ignores them.
+    The later resampling then reduces by less than 2, or it would alias. JPEG files decode reduced.
+    Rotation tags (EXIF) are ignored, as COCO's json ignores them.
     Raises ValueError if the file's size is not the json's, OSError if it cannot be read.
     """
     image = Image.open(path)
@@ -340,14 +341,12 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.I
     if shrink > 1 and image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
         drafted = 2 ** round(math.log2(max(width, height) / max(image.size)))
-    image = image.convert("RGB")
-    return image.reduce(shrink // drafted), shrink
+    return image.convert("RGB").reduce(shrink // drafted), shrink
 
 
 class CocoPose(Dataset):
     """Item (epoch, i) is the sample dict (see the top) of image i, changed as that epoch wants.
 
-    augment PLAIN leaves images as they are: scaled, padded and nothing else.
     keep_ignored keeps crowds and people without a labeled keypoint in view; else they are dropped,
     and crowds that have keypoints count as people, as in the original recipe.
     """
@@ -399,9 +398,8 @@ class CocoPose(Dataset):
     def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
         """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut.
 
-        Keypoints outside region (4,) px become unlabeled. Somebody with no labeled keypoint left,
-        or with a box under 1 px^2, keeps a box with nothing labeled: neither person nor
-        background. Somebody out of view is dropped.
+        Keypoints outside region (4,) px become unlabeled. Somebody with none left, or with a box
+        under 1 px^2, keeps a box: neither person nor background. Who is out of view is dropped.
         """
         a = self.annotations
         rows = slice(a.offsets[index], a.offsets[index + 1])
@@ -444,22 +442,21 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 class Stream:
-    """Batches of (epoch, index) for steps start to stop of an endless stream of shuffled epochs.
+    """Batches of (epoch, index) from step `start` on of an endless stream of shuffled epochs.
 
     Step k takes positions k G to (k + 1) G - 1 of the stream, G = batch_size * world_size *
     accumulate, so there is no tail, and the order depends on the seed and G alone. Each step is
     `accumulate` batches; this process is number `rank` of world_size.
     """
 
-    def __init__(self, images: int, seed: int, batch_size: int, start: int, stop: int,
+    def __init__(self, images: int, seed: int, batch_size: int, start: int = 0,
                  rank: int = 0, world_size: int = 1, accumulate: int = 1):
-        self.images, self.seed, self.batch_size = images, seed, batch_size
-        self.start, self.stop = start, stop
+        self.images, self.seed, self.batch_size, self.start = images, seed, batch_size, start
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         shuffled = -1
-        for micro in range(self.start * self.accumulate, self.stop * self.accumulate):
+        for micro in itertools.count(self.start * self.accumulate):
             first = (micro * self.world_size + self.rank) * self.batch_size
             batch = []
             for position in range(first, first + self.batch_size):
@@ -471,7 +468,13 @@ class Stream:
             yield batch
 
 
+def ignore_signals(worker: int) -> None:
+    """Schedulers and Ctrl-C signal loader processes too; only the training process decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
     """Batches of collate for an iterable of lists of (epoch, index)."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=device.type == "cuda")
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)

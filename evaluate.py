@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import nms
 
-from data import (PAD_MODES, CocoPose, Skeleton, find_split, fit_image, flatten, make_loader,
-                  read_json, read_skeleton, undo)
+from data import (PAD_MODES, CocoPose, Skeleton, collate, find_split, fit_image, flatten,
+                  make_loader, read_json, read_skeleton, undo)
+from draw import contact_sheet, draw_people
 from model import Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
@@ -115,9 +116,10 @@ def detect(decoded: Decoded, targets: dict[str, Tensor], category_id: int, conf:
     return by_image
 
 
-def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Images (B, 3, S, S) uint8 of a loader to network input in [0, 1], channels_last."""
-    return images.to(device, non_blocking=True).float().div_(255)
+def to_input(images: Tensor, model: nn.Module) -> Tensor:
+    """Images (B, 3, S, S) uint8 of a loader to the model's input in [0, 1], channels_last."""
+    weight = next(model.parameters())
+    return images.to(weight.device, non_blocking=True).to(weight.dtype).div_(255)
 
 
 @torch.no_grad()
@@ -128,10 +130,9 @@ def predict(model: nn.Module, file: dict, image: Image.Image,
     model and file are load_model's; px of the image, continuous: pixel i covers [i, i + 1).
     """
     pixels, matrix = fit_image(image.convert("RGB"), *input_of(file))
-    device = next(model.parameters()).device
     images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)                   # (1, 3, S, S)
-    boxes, scores, keypoints, kpt_scores = (t[0].cpu() for t in decode(model(to_input(images,
-                                                                                     device))))
+    out = decode(model(to_input(images, model)))
+    boxes, scores, keypoints, kpt_scores = (t[0].cpu() for t in out)
     kept = select(boxes, scores, conf)
     xy = undo(keypoints[kept].double().numpy(), matrix)                           # (D, K, 2)
     boxes = undo(boxes[kept].double().reshape(-1, 2, 2).numpy(), matrix).reshape(-1, 4)
@@ -140,7 +141,7 @@ def predict(model: nn.Module, file: dict, image: Image.Image,
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence[float],
-             device: torch.device, conf: float = 0.01, iou: float = 0.7,
+             conf: float = 0.01, iou: float = 0.7,
              progress: bool = False) -> tuple[dict[str, float], dict[int, list[dict]]]:
     """Metrics of the model (in eval mode) on the loader's images, and its results by image.
 
@@ -150,7 +151,7 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
     category_id = truth.dataset["categories"][0]["id"]
     by_image, start = {}, time.time()
     for images, targets in loader:
-        by_image |= detect(decode(model(to_input(images, device))), targets, category_id, conf, iou)
+        by_image |= detect(decode(model(to_input(images, model))), targets, category_id, conf, iou)
         if progress:
             rate = len(by_image) / (time.time() - start)
             print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
@@ -163,6 +164,30 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
     metrics = [keypoint_ap(truth, by_image, sigmas) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(metrics, src=0)
     return metrics[0], by_image
+
+
+@torch.no_grad()
+def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
+                model: nn.Module | None = None) -> None:
+    """A sheet of up to 16 inputs with their labels, or with what a model (in eval mode) sees.
+
+    keys are (epoch, index). Of predictions those of score 0.3 or more are drawn.
+    """
+    names, edges = dataset.skeleton.names, dataset.skeleton.edges
+    samples = [dataset[key] for key in keys[:16]]
+    sheet = [Image.fromarray(sample["image"]) for sample in samples]
+    if model is None:
+        sheet = [draw_people(image, sample["boxes"], sample["keypoints"], names, edges)
+                 for image, sample in zip(sheet, samples)]
+    else:
+        out = decode(model(to_input(collate(samples)[0], model)))
+        pose = torch.cat([out.keypoints, out.kpt_scores[..., None]], -1)            # (B, A, K, 3)
+        for i, image in enumerate(sheet):
+            kept = select(out.boxes[i], out.scores[i], conf=0.3)                    # (D,)
+            boxes, poses, scores = (t[i, kept].cpu().numpy()
+                                    for t in (out.boxes, pose, out.scores))
+            sheet[i] = draw_people(image, boxes, poses, names, edges, scores)
+    contact_sheet(sheet).save(path, quality=90)
 
 
 def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list:
@@ -235,7 +260,7 @@ def main() -> None:
     print(f"{len(dataset)} images of {args.split}, {size} px, {pad}, conf {args.conf}, "
           f"NMS {args.iou}, at most 20 detections an image")
     metrics, by_image = evaluate(model.to(device), loader, quiet_coco(labels), skeleton.sigmas,
-                                 device, args.conf, args.iou, progress=True)
+                                 args.conf, args.iou, progress=True)
     for name, value in metrics.items():
         print(f"{name:10} {value:.4f}")
     if args.metrics:

@@ -1,7 +1,8 @@
 """The YOLO-NAS-Pose network and the meaning of its outputs.
 
-Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), and the reading of weight
-files, ours and official ones. Knows nothing about targets, losses, thresholds or images.
+Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), BatchNorm over processes,
+and the reading of weight files, ours and official ones. Knows nothing about targets, losses,
+thresholds or images.
 
 Read in this order: SIZES, QARepVGG, CSPLayer, Backbone, Neck, Head, RawOutput, decode, YoloNasPose.
 
@@ -21,6 +22,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -188,12 +190,6 @@ class SPP(nn.Module):
         return self.cv2(torch.cat([x, *(F.max_pool2d(x, k, 1, k // 2) for k in (5, 9, 13))], dim=1))
 
 
-def stage(c_in: int, c_out: int, hidden: int, depth: int, keep_all: bool) -> nn.Module:
-    """Halve the resolution, then a CSPLayer. (B, c_in, H, W) -> (B, c_out, H/2, W/2)"""
-    return nn.Sequential(OrderedDict(downsample=QARepVGG(c_in, c_out, stride=2),
-                                     blocks=CSPLayer(c_out, c_out, hidden, depth, keep_all)))
-
-
 class Backbone(nn.Module):
     """Images (B, 3, H, W) to features at strides 4, 8, 16, 32."""
 
@@ -201,8 +197,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(OrderedDict(conv=QARepVGG(3, size.stem, stride=2)))
         channels = [size.stem, *(row[0] for row in size.stages)]
-        for i, row in enumerate(size.stages):
-            setattr(self, f"stage{i + 1}", stage(channels[i], *row))
+        for i, (c_out, *row) in enumerate(size.stages):  # each halves the resolution
+            setattr(self, f"stage{i + 1}", nn.Sequential(OrderedDict(
+                downsample=QARepVGG(channels[i], c_out, stride=2),
+                blocks=CSPLayer(c_out, c_out, *row))))
         self.context_module = SPP(channels[-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -328,14 +326,12 @@ class Decoded(NamedTuple):
 
 def make_anchors(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """One anchor per cell of every level. Return centers (A, 2) px and strides (A, 1) px."""
-    centers, strides = [], []
+    levels = []
     for s in STRIDES:
-        y = (torch.arange(height // s, device=device) + 0.5) * s
-        x = (torch.arange(width // s, device=device) + 0.5) * s
-        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")                      # (H/s, W/s)
-        centers.append(torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 2))      # (H/s * W/s, 2)
-        strides.append(torch.full((len(centers[-1]), 1), float(s), device=device))
-    return torch.cat(centers), torch.cat(strides)
+        y, x = ((torch.arange(side // s, device=device) + 0.5) * s for side in (height, width))
+        y, x = (t.flatten() for t in torch.meshgrid(y, x, indexing="ij"))         # (H/s * W/s,)
+        levels.append(torch.stack([x, y, torch.full_like(x, s)], dim=1))          # (H/s * W/s, 3)
+    return torch.cat(levels).split([2, 1], dim=1)
 
 
 def decode(raw: RawOutput) -> Decoded:
@@ -396,13 +392,60 @@ class YoloNasPose(nn.Module):
         return self.eval().requires_grad_(False)
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes. So is the gradient: each one's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return AllReduce.apply(grad)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that trains on the images of all processes; these may bring unequal numbers.
+
+    The mean comes first, then the squares about it: in one pass they cancel far from 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        pixels = wide.new_tensor([x.numel() / x.shape[1]])
+        total = AllReduce.apply(torch.cat([wide.sum((0, 2, 3)), pixels]))         # (C + 1,)
+        mean, count = total[:-1] / total[-1], total[-1]                           # (C,), ()
+        centered = wide - mean[:, None, None]                                     # (B, C, H, W)
+        var = AllReduce.apply(centered.square().sum((0, 2, 3))) / count           # (C,)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()                            # (C,)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def sync_batch_norm(model: nn.Module) -> nn.Module:
+    """Let norms train on the images of all processes: by torch on a GPU, by the above on a CPU."""
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm
+    return model
+
+
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     """Read a checkpoint, ours or official. Return its state_dict in our convention, and the file.
 
     Of ours the EMA is taken where there is one. An official file (super-gradients) holds ema_net,
-    net, or is the state_dict itself. Official weights see BGR and pixel indices, ours RGB and
-    continuous coordinates, half a pixel further; both differences are moved into the weights here.
-    The official placeholders for fused kernels (rbr_reparam) are dropped.
+    net, or is the state_dict itself; it sees BGR and pixel indices, ours RGB and continuous
+    coordinates, half a pixel further: both are moved into the weights here, and placeholders for
+    fused kernels (rbr_reparam) dropped.
     Raises ValueError if the file is no checkpoint or needs pickled code, which is never run.
     """
     file, reason = None, "no archive of torch.save"
@@ -413,16 +456,16 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
                 reason = f"holds {list(file)[:5] if isinstance(file, dict) else type(file)}"
             except (pickle.UnpicklingError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
-    keys = ("ema", "model") if isinstance(file, dict) and "format" in file else ("ema_net", "net")
-    state = next((file[key] for key in keys if key in file), file) if isinstance(file, dict) else {}
+    file = file if isinstance(file, dict) else {}
+    keys = ("ema", "model") if "format" in file else ("ema_net", "net")
+    state = next((file[key] for key in keys if key in file), file)
     if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
         raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}); give a .pt of "
                          f"train.py or an official .pth")
     if "format" in file:
         return state, file
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): t for name, t in state.items()}
-    state = {name: t for name, t in state.items() if ".rbr_reparam." not in name}
+    state = {name.removeprefix("module."): t for name, t in state.items()
+             if ".rbr_reparam." not in name}
     for name, tensor in state.items():
         if name.startswith("backbone.stem.") and tensor.ndim == 4:
             state[name] = tensor.flip(1)
@@ -437,14 +480,12 @@ def load_weights(model: nn.Module, path: str) -> dict[str, list[str]]:
     Returns the names under loaded; skipped, for another shape; missing, in the model alone;
     unused, in the file alone. Raises ValueError as read_weights does, or if nothing fits.
     """
-    state, _ = read_weights(path)
-    report = {"loaded": [], "skipped": [], "missing": [], "unused": []}
-    for name, tensor in model.state_dict().items():
-        fits = name in state and state[name].shape == tensor.shape
-        report["loaded" if fits else "skipped" if name in state else "missing"].append(name)
-        if fits:
-            tensor.copy_(state[name])
-    report["unused"] = sorted(set(state).difference(report["loaded"], report["skipped"]))
-    if not report["loaded"]:
+    state, own = read_weights(path)[0], model.state_dict()
+    fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
+    if not fits:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")
-    return report
+    model.load_state_dict(fits, strict=False)
+    return {"loaded": [n for n in own if n in fits],
+            "skipped": [n for n in own if n in state and n not in fits],
+            "missing": [n for n in own if n not in state],
+            "unused": sorted(set(state).difference(own))}

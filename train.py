@@ -8,15 +8,25 @@
 Read in this order: RECIPES, parse_args, main, train_step.
 
 Axes    B images of this process and micro-batch   G images of one optimizer step, all processes
+
+N processes train the same model as one: every step takes the same G images in the same order,
+norms see all of them (SyncBatchNorm), and the gradient is summed first and divided once. A resumed
+run is the unbroken one bit for bit: a sample depends on (seed, epoch, index), the learning rate on
+the step, and the checkpoint holds all the rest.
 """
 import argparse
+import copy
+import datetime
 import json
 import math
 import os
+import pickle
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 # CPU threads that wait for each other spin briefly, then sleep: never sleeping starves the loader
 # processes, sleeping at once costs half the speed. OpenMP reads it when torch is imported.
@@ -24,20 +34,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from pycocotools.coco import COCO
 from torch import Tensor, nn
 
-from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Annotations, CocoPose, Skeleton,
-                  Stream, collate, find_split, flatten, make_loader, read_json, read_skeleton)
-from draw import contact_sheet, draw_people
-from evaluate import evaluate, quiet_coco, select, to_input, val_batches
+from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, CocoPose, Stream, find_split,
+                  flatten, make_loader, read_json, read_skeleton)
+from evaluate import evaluate, quiet_coco, save_people, to_input, val_batches
 from loss import LossWeights, PoseLoss
-from model import SIZES, YoloNasPose, decode, load_weights
+from model import SIZES, YoloNasPose, decode, load_weights, sync_batch_norm
 from people import draw_dataset
 from schedule import (EMA, EarlyStopping, check_warmup, linear_scaled_lr, make_scheduler,
                       param_groups, sigma_scale)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")
 AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
 
 # What a flag is when it is not given. lr belongs to lr_batch images a step and is scaled.
@@ -58,6 +68,11 @@ FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
 # A few minutes on two CPU cores: small images, and the wide tolerance nearly to the end.
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
         "augment": "flip", "eval_every": 2, "warmup": 50, "ema_decay": 0.99, "sigma_epochs": 7.5}
+
+
+# What --resume may change. The batch may be cut in another way, its images a step stay.
+MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "accumulate", "eval_every",
+              "log_every", "save_every", "sync_check", "max_skipped")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,7 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--epochs", type=int, help="passes over the training images" + recipe)
     g.add_argument("--max-steps", type=int, help="stop after this many optimizer steps; the "
                    "schedule stays that of --epochs")
-    g.add_argument("--batch-size", type=int, help="images per process and micro-batch" + recipe)
+    g.add_argument("--batch-size", type=lambda text: text if text == "auto" else int(text),
+                   metavar="N", help="images per process and micro-batch; auto: the most that fit "
+                   "into memory, with --accumulate raised to keep the images a step" + recipe)
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step; default: 1")
     g.add_argument("--lr", type=float, help="peak learning rate for --lr-batch images a step; "
                    "scaled linearly to the real number" + recipe)
@@ -117,11 +134,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--sigma-epochs", type=float,
                    help="epochs until that tolerance has shrunk to sigma" + recipe)
     g.add_argument("--amp", choices=sorted(AMP_DTYPES), default="no", help="autocast type")
+    g.add_argument("--double", action="store_true", help="float64: slow, to check promises")
+    g.add_argument("--freeze", choices=["bn"], help="bn: norms keep their statistics and weights")
+    g.add_argument("--no-sync-bn", action="store_true", help="each process norms by its own images")
+    g.add_argument("--max-skipped", type=int, default=20, help="stop after so many steps in a row "
+                   "whose loss or gradient is not finite; such a step changes nothing; default: 20")
+    g.add_argument("--deterministic", action="store_true",
+                   help="the same bits in every run on a GPU; slower")
 
     g = p.add_argument_group("run")
     g.add_argument("--out", default="runs/train", metavar="DIR",
                    help="checkpoints, log.jsonl, pictures; default: runs/train")
-    g.add_argument("--resume", action="store_true", help="go on from --out; saved flags win")
+    g.add_argument("--resume", action="store_true", help="go on from --out with the saved flags; "
+                   f"of these only {', '.join(MAY_CHANGE).replace('_', '-')} may be given anew")
+    g.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints within an epoch")
+    g.add_argument("--sync-check", type=int, metavar="STEPS", help="how often to compare all "
+                   "weights and buffers between the processes; a difference ends the run")
     g.add_argument("--eval-every", type=int, help="epochs between evaluations" + recipe)
     g.add_argument("--patience", type=int,
                    help="stop after so many epochs without a better AP" + recipe)
@@ -129,13 +157,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0)
 
     args = p.parse_args(argv)
+    if args.workers is None:
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(max(share - 1, 1), 8)
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    args.given = sorted(name for name, value in given.items() if value is not None)
     args.sigmas = args.sigmas and [float(s) for s in args.sigmas.split(",")]
     if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
         p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
     for flag in ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "eval_every", "patience",
-                 "log_every", "clip_norm", "max_steps"):
+                 "log_every", "clip_norm", "max_steps", "save_every", "sync_check", "max_skipped"):
         value = getattr(args, flag)
-        if value is not None and not value > 0:
+        if value is not None and value != "auto" and not value > 0:
             p.error(f"--{flag.replace('_', '-')} {value} must be positive")
     for flag in ("train_json", "train_images", "val_json", "val_images"):
         if not args.data and not getattr(args, flag) and any(
@@ -164,137 +197,189 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
     return source
 
 
-def setup_distributed() -> tuple[int, int, torch.device]:
+def setup(deterministic: bool) -> tuple[int, int, torch.device]:
     """Join torchrun's process group if there is one. Return (rank, world_size, device).
 
-    Without torchrun this process is rank 0 of 1. Without GPUs the processes talk over gloo.
-    Raises RuntimeError if torchrun started more processes than this machine has GPUs.
+    Without torchrun this process is rank 0 of 1. Without GPUs the processes talk over gloo; with
+    them gloo carries what is not a tensor, and waits for half an hour while one of them scores.
+    Raises ValueError if torchrun started more processes than this machine has GPUs.
     """
+    torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
-        return dist.get_rank(), dist.get_world_size(), torch.device("cpu")
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise RuntimeError(f"torchrun started local rank {local_rank}, but this machine has {gpus} "
-                           f"GPUs; use --nproc-per-node {gpus} or fewer")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        if local_rank >= gpus:
+            raise ValueError(f"torchrun started local rank {local_rank}, but this machine has "
+                             f"{gpus} GPUs; use --nproc-per-node {gpus} or fewer")
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
+                            timeout=datetime.timedelta(minutes=30))
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def open_data(args: argparse.Namespace,
-              rank: int) -> tuple[tuple[Annotations, str], tuple[Annotations, str], dict, Skeleton]:
-    """(train annotations, image folder), the same of val, val's json, and the keypoint set."""
+def from_rank_0(value):
+    """What process 0 gave to this call, on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
+    """Training set, validation set, and the latter's labels. Raises ValueError and OSError."""
     if not args.data and not args.train_json:
         args.data = "drawn_people"
-        if rank == 0:
-            draw_dataset(args.data)
-        if dist.is_initialized():
-            dist.barrier()
-    found = {}
+        from_rank_0(draw_dataset(args.data) if rank == 0 else None)  # the others wait
+    found = []
     for split, name in (("train", args.train_split), ("val", args.val_split)):
         path, folder = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if not (path and folder):
             default_path, default_folder = find_split(args.data, name)
             path, folder = path or default_path, folder or default_folder
         labels = read_json(path)
-        found[split] = flatten(labels, args.only_people and split == "train"), folder
+        annotations = flatten(labels, args.only_people and split == "train")
         if split == "train":
             skeleton = read_skeleton(labels, args.flip_pairs, args.sigmas)
         elif labels["categories"][0]["keypoints"] != skeleton.names:
             raise ValueError(f"{path} names other keypoints than the training json; use one set")
         if not any(a["num_keypoints"] and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
-    return found["train"], found["val"], labels, skeleton
+        found += [(annotations, folder, skeleton, args.image_size)]
+    train_set = CocoPose(*found[0], args.train_pad, AUGMENTS[args.augment], args.seed,
+                         args.recipe != "reference")
+    return train_set, CocoPose(*found[1], args.val_pad), quiet_coco(labels)
 
 
-def all_reduce_gradients(parameters: list[nn.Parameter], sums: Tensor) -> Tensor:
-    """Sum gradients and `sums` over processes, in one flat tensor; gradients stay in .grad.
+def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, Tensor]:
+    """Lay all gradients into one tensor. Return it, and its last `extra` numbers, free for use.
 
-    A parameter that got no gradient takes part with zeros. Returns the summed sums.
+    Each p.grad is a piece of it from now on: one all-reduce, one division, one norm serve them all.
+    A parameter that gets no gradient counts as 0, which is right for a sum over processes.
     """
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if not dist.is_initialized():
-        return sums
-    grads = [p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in grads] + [sums.to(grads[0].dtype)])
-    dist.all_reduce(flat)
-    pieces = flat.split([g.numel() for g in grads] + [len(sums)])
-    torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(pieces, grads)])
-    return pieces[-1]
+    sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # whole 64 bytes: kernels stay fast
+    flat = torch.zeros(sum(sizes) + extra, dtype=parameters[0].dtype, device=parameters[0].device)
+    for i, p in enumerate(parameters):
+        p.grad = flat.as_strided(p.size(), p.stride(), sum(sizes[:i]))  # the optimizer wants p's
+    return flat, flat[sum(sizes):]
+
+
+class Step(NamedTuple):
+    """What an optimizer step reports: numbers of all processes, but for the last two."""
+
+    sums: list[float]    # assigned-score sum and the five term sums
+    norm: float          # of the gradient, before clipping
+    finite: bool         # if not, nothing but the place in the stream has changed
+    stop: bool           # some process was told to stop
+    waited: float        # seconds this process waited for data
+    image_ids: list[int]   # the images this process has seen
+    mine: list[float]    # `sums` of this process
 
 
 def train_step(model: nn.Module, criterion: PoseLoss, batches: Iterator,
                optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               parameters: list[nn.Parameter], device: torch.device,
-               args: argparse.Namespace, sigma_scale: float) -> tuple[Tensor, Tensor, float]:
-    """One optimizer step over `accumulate` micro-batches.
+               gradients: tuple[Tensor, Tensor], device: torch.device, args: argparse.Namespace,
+               sigma_scale: float, stop: bool = False) -> Step:
+    """One optimizer step over `accumulate` micro-batches on all processes.
 
-    Returns [assigned-score sum, five term sums] (6,), the gradient norm () and the seconds spent
-    waiting for data.
+    gradients are flat_gradients(parameters, 7); stop asks all processes to stop after this step.
     """
-    sums, waited = torch.zeros(6, device=device), 0.0
+    (flat, tail), waited, image_ids = gradients, 0.0, []
+    flat.zero_()
+    statistics = list(model.buffers())
+    before = [t.clone() for t in statistics]
     for _ in range(args.accumulate):
         start = time.time()
         images, targets = next(batches)
         waited += time.time() - start
+        image_ids += targets["image_id"].tolist()
         targets = {name: t.to(device, non_blocking=True) for name, t in targets.items()
                    if name in ("boxes", "keypoints", "crowd")}
         with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no"):
-            raw = model(to_input(images, device))
+            raw = model(to_input(images, model))
         raw = raw.promote()  # the assigner takes a 6th power, which is 0 in half precision
         terms, score_sum = criterion(raw, decode(raw), targets, sigma_scale)
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
         scaler.scale(sum(terms.values()) / len(images)).backward()
-        sums += torch.stack([score_sum, *terms.values()]).detach()
-    sums = all_reduce_gradients(parameters, sums)
+        tail[:6] += torch.stack([score_sum, *terms.values()]).detach()
+    tail[6] = float(stop)
+    mine = tail[:6].clone()
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        if args.no_sync_bn:  # every process has its own statistics: all go on with the mean
+            for t in statistics:
+                if t.is_floating_point():
+                    dist.all_reduce(t)
+                    t /= dist.get_world_size()
     scaler.unscale_(optimizer)
     # The one division: by the scores assigned in the whole step, at least 1.
-    divisor = sums[0].clamp(min=1) / len(images)
-    torch._foreach_div_([p.grad for p in parameters], divisor)
-    norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm, foreach=True)
-    scaler.step(optimizer)
+    everything = flat[:-len(tail)]
+    everything *= len(images) / tail[0].clamp(min=1)
+    norm = torch.linalg.vector_norm(everything)
+    *sums, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
+    finite = math.isfinite(norm) and all(map(math.isfinite, sums))
+    if finite:
+        if norm > args.clip_norm:
+            everything *= args.clip_norm / norm
+        scaler.step(optimizer)
+    else:
+        torch._foreach_copy_(statistics, before)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, norm, waited
+    return Step(sums, norm, finite, stops > 0, waited, image_ids, mine.tolist())
 
 
-def save_checkpoint(path: str, state: dict) -> None:
-    """Write a dict of tensors and plain values; a job killed midway leaves the old file intact."""
+def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
+    """Compare weights and buffers of all processes; end the run at the first that differs.
+
+    mine is this process's Step.mine.
+    """
+    state = model.state_dict()
+    bits = [t.flatten().view(torch.int64 if t.element_size() == 8 else torch.int32)
+            for t in state.values()]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:])))
+    for other, (checksums, _) in enumerate(shares):
+        for name, a, b in zip(state, shares[0][0], checksums):
+            if a != b:
+                sys.exit(f"train.py: --sync-check: {name} differs between processes 0 and {other}; "
+                         f"do their machines run the same code and versions?" if rank == 0 else 1)
+    losses = [loss for _, loss in shares]
+    if rank == 0:
+        print(f"sync check: {len(state)} tensors are equal on {len(shares)} processes; loss sums "
+              f"of their images {min(losses):.4g} to {max(losses):.4g}", flush=True)
+
+
+def write_atomically(path: str, content: dict) -> None:
+    """torch.save that leaves the old file or the new one, whenever the job is killed."""
     with open(path + ".tmp", "wb") as f:
-        torch.save({"format": "nanopose", **state}, f)
+        torch.save(content, f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
 
 
-@torch.no_grad()
-def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
-                model: nn.Module | None = None, device: torch.device | None = None) -> None:
-    """A sheet of up to 16 inputs with their labels, or with what a model (in eval mode) sees.
+def save_last(out: str, state: dict) -> None:
+    """Write out/last.pt; the one before it becomes previous.pt."""
+    last = os.path.join(out, "last.pt")
+    if os.path.exists(last):
+        os.replace(last, os.path.join(out, "previous.pt"))
+    write_atomically(last, state)
 
-    keys are (epoch, index). Of predictions those of score 0.3 or more are drawn.
-    """
-    names, edges = dataset.skeleton.names, dataset.skeleton.edges
-    samples = [dataset[key] for key in keys[:16]]
-    sheet = [Image.fromarray(sample["image"]) for sample in samples]
-    if model is None:
-        sheet = [draw_people(image, sample["boxes"], sample["keypoints"], names, edges)
-                 for image, sample in zip(sheet, samples)]
-    else:
-        out = decode(model(to_input(collate(samples)[0], device)))
-        pose = torch.cat([out.keypoints, out.kpt_scores[..., None]], -1)            # (B, A, K, 3)
-        for i, image in enumerate(sheet):
-            kept = select(out.boxes[i], out.scores[i], conf=0.3)                    # (D,)
-            boxes, poses, scores = (t[i, kept].cpu().numpy()
-                                    for t in (out.boxes, pose, out.scores))
-            sheet[i] = draw_people(image, boxes, poses, names, edges, scores)
-    contact_sheet(sheet).save(path, quality=90)
+
+def load_last(out: str) -> dict | None:
+    """The newest checkpoint in `out` that is whole, if there is one."""
+    for name in ("last.pt", "previous.pt"):
+        path = os.path.join(out, name)
+        if os.path.exists(path):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                print(f"{path} is damaged ({str(error).splitlines()[0]}); trying previous.pt")
+    return None
 
 
 def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
@@ -305,13 +390,23 @@ def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
 class Log:
     """Progress lines and log.jsonl, one line an interval, from rank 0."""
 
-    def __init__(self, args: argparse.Namespace, rank: int, step: int, stop: int,
-                 global_batch: int, images: int):
+    def __init__(self, args: argparse.Namespace, rank: int, total_steps: int, global_batch: int,
+                 images: int):
         self.path = os.path.join(args.out, "log.jsonl") if rank == 0 else None
-        self.every, self.stop, self.start_step = args.log_every, stop, step
+        self.every, self.total_steps = args.log_every, total_steps
         self.global_batch, self.images = global_batch, images
-        self.sums, self.waited, self.steps = 0.0, 0.0, 0
-        self.begin = self.interval = time.time()
+        self.sums, self.steps = [0.0] * 6, 0  # since the last line
+        self.taken, self.waited, self.interval = 0, 0.0, time.time()  # by this process alone
+
+    def state_dict(self) -> dict:
+        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        return {"sums": self.sums, "steps": self.steps, "bytes": size}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Forget what was written after the checkpoint: those steps are done again."""
+        self.sums, self.steps = state["sums"], state["steps"]
+        if self.path and os.path.exists(self.path):
+            os.truncate(self.path, min(state["bytes"], os.path.getsize(self.path)))
 
     def write(self, values: dict) -> None:
         """Append one json line."""
@@ -326,35 +421,44 @@ class Log:
         print(f"epoch {epoch}  " + "  ".join(known), flush=True)
         self.interval = time.time()
 
-    def step(self, step: int, sums: Tensor, norm: Tensor, waited: float, lr: float,
-             memory: float) -> None:
+    def skip(self, step: int, skipped: int, result: Step) -> str:
+        """Report a step that changed nothing. Return what was not finite."""
+        bad = [name for name, value in zip(("scores", *TERMS), result.sums)
+               if not math.isfinite(value)] or ["gradient"]
+        self.write({"step": step, "skipped": skipped, "not_finite": bad})
+        if self.path:
+            print(f"step {step + 1} skipped: not finite: {', '.join(bad)}; {skipped} so far",
+                  flush=True)
+        return ", ".join(bad)
+
+    def step(self, step: int, result: Step, lr: float, memory: float) -> None:
         """Take in one optimizer step; every --log-every steps, and first at step 5, report.
 
-        sums as train_step returns them, waited in seconds, memory in GB.
+        memory in GB.
         """
-        self.sums, self.waited, self.steps = self.sums + sums, self.waited + waited, self.steps + 1
-        done = step - self.start_step
-        if not (step % self.every == 0 or done == 5 or step == self.stop) or not self.path:
+        self.sums = [a + b for a, b in zip(self.sums, result.sums)]
+        self.steps, self.taken = self.steps + 1, self.taken + 1
+        self.waited += result.waited
+        if not self.path or (step % self.every and step not in (5, self.total_steps)):
             return
-        score_sum, *terms = self.sums.tolist()  # the GPU waits here
+        score_sum, *terms = self.sums
         seconds = time.time() - self.interval
-        names = ("cls", "iou", "dfl", "pose_cls", "pose_reg")
-        terms = {name: term / max(score_sum, 1.0) for name, term in zip(names, terms)}
+        terms = {name: term / max(score_sum, 1.0) for name, term in zip(TERMS, terms)}
+        rate = self.taken * self.global_batch / seconds
         values = {"step": step, "epoch": round(step * self.global_batch / self.images, 3),
                   "loss": sum(terms.values()), **terms,
                   "scores": score_sum / self.steps / self.global_batch, "lr": lr,
-                  "grad_norm": float(norm), "img_s": self.steps * self.global_batch / seconds,
-                  "data_wait": self.waited / seconds, "memory_gb": memory}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"loss is not finite at step {step}: {terms}")
+                  "grad_norm": result.norm, "img_s": rate, "data_wait": self.waited / seconds,
+                  "memory_gb": memory}
         self.write(values)
-        eta = (time.time() - self.begin) / done * (self.stop - step)
-        print(f"epoch {values['epoch']:.2f}  step {step}/{self.stop}  loss {values['loss']:.3f} ("
-              + " ".join(f"{name} {value:.3f}" for name, value in terms.items())
-              + f")  lr {lr:.2e}  norm {values['grad_norm']:.1f}  {values['img_s']:.1f} img/s  "
+        eta = (self.total_steps - step) * self.global_batch / rate
+        print(f"epoch {values['epoch']:.2f}  step {step}/{self.total_steps}  "
+              f"loss {values['loss']:.3f} (" + " ".join(f"{n} {v:.3f}" for n, v in terms.items())
+              + f")  lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  "
               f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
               flush=True)
-        self.sums, self.waited, self.steps, self.interval = 0.0, 0.0, 0, time.time()
+        self.sums, self.steps, self.waited, self.taken = [0.0] * 6, 0, 0.0, 0
+        self.interval = time.time()
 
 
 def memory_gb(device: torch.device) -> float:
@@ -364,134 +468,291 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def print_plan(args: argparse.Namespace, source: dict[str, str], facts: dict) -> None:
-    """Every resolved value and where it came from, and what they turn into on this machine."""
+def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
+               images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, int, int],
+               peak_lr: float, device: torch.device) -> None:
+    """Every resolved value and where it came from, and what they turn into on this machine.
+
+    images to train on and to evaluate; batch is processes and images a step; steps are those of
+    all epochs, those to do now, and those while the keypoint tolerance narrows.
+    """
     groups = {}
     for name, origin in source.items():
         groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
     for origin, values in groups.items():
         print(f"{origin:13} {', '.join(values)}")
-    for name, value in facts.items():
-        print(f"{name:13} {value}")
+    for name, tensors in report.items():
+        print(f"weights {name} {len(tensors)}")
+    print(f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
+          f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
+          f"micro-batches = {batch[1]}\n"
+          f"steps         {steps[0]} for {args.epochs} epochs, of which {steps[1]} now\n"
+          f"peak lr       {peak_lr:.2e} = {args.lr:.2e} x {batch[1]} / {args.lr_batch}\n"
+          f"warmup        {args.warmup} steps; keypoint tolerance narrows for {steps[2]}\n"
+          f"device        {device}, amp {args.amp}, {args.workers} loader processes\n"
+          f"ETA           measured on the first steps, see below", flush=True)
 
 
-def read_run(args: argparse.Namespace) -> tuple[argparse.Namespace, dict | None]:
-    """The flags of this run, and with --resume the checkpoint it goes on from; saved flags win."""
-    path = os.path.join(args.out, "last.pt")
-    if not args.resume:
-        if os.path.exists(path):
-            raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or "
-                             f"give another --out")
-        return args, None
-    if not os.path.isfile(path):
-        raise ValueError(f"--resume: {path} not found; give the --out of the run to go on with")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    here = {"out": args.out, "resume": True, "max_steps": args.max_steps}
-    return argparse.Namespace(**{**saved["args"], **here}), saved
+def read_run(args: argparse.Namespace, rank: int) -> dict | None:
+    """With --resume, or when torchrun starts again, the checkpoint to go on from; its flags win.
+
+    Raises ValueError if there is nothing to go on from, or a flag was given that may not change.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    saved = from_rank_0(load_last(args.out) if rank == 0 else None)
+    if saved and not (args.resume or restarted):
+        raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
+                         f"another --out")
+    if args.resume and not saved:
+        raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
+                         f"of the run to go on with")
+    if not saved:
+        return None
+    args.given = [] if restarted else args.given
+    here = {name: getattr(args, name) for name in ("out", "resume", "max_steps", "given")}
+    for name in args.given:
+        new, old = getattr(args, name), saved["args"].get(name)
+        if name in MAY_CHANGE:
+            here[name] = new
+        elif name not in here and new != old:
+            raise ValueError(f"--{name.replace('_', '-')} {new} differs from the {old} of the run "
+                             f"in {args.out}; leave it out, or start a new run in another --out")
+    vars(args).update(saved["args"] | here)
+    return saved
+
+
+def largest_batch(share: int, model: nn.Module, criterion: PoseLoss, args: argparse.Namespace,
+                  device: torch.device) -> int:
+    """The largest divisor of `share` images that every GPU can learn from, 1/10 of it left free.
+
+    On a CPU, which does not say when its memory is full, this is `share`. Raises ValueError.
+    """
+    found = torch.tensor(0)
+    for images in (b for b in range(share, 0, -1) if share % b == 0 and device.type == "cuda"):
+        trial, people = copy.deepcopy(model).train(), {
+            "boxes": torch.tensor([0.0, 0, 32, 32], device=device).repeat(images, 30, 1),
+            "keypoints": torch.ones(images, 30, model.num_keypoints, 3, device=device),
+            "crowd": torch.zeros(images, 30, dtype=torch.bool, device=device)}
+        pixels = torch.zeros(images, 3, args.image_size, args.image_size, dtype=torch.uint8)
+        try:
+            tenth = torch.cuda.mem_get_info(device)[1] // 10
+            spare = torch.empty(tenth, dtype=torch.uint8, device=device)
+            with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no"):
+                raw = trial(to_input(pixels, trial))
+            terms, _ = criterion(raw.promote(), decode(raw), people)
+            sum(terms.values()).backward()
+            found += images
+            break
+        except torch.OutOfMemoryError:
+            continue
+        finally:
+            trial = raw = terms = spare = None
+    if device.type != "cuda":
+        found += share
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    if not found:
+        raise ValueError(f"--batch-size auto: not even one image of {args.image_size} px fits into "
+                         f"memory; choose a smaller --image-size or --model")
+    return int(found)
+
+
+def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int, model: nn.Module,
+              criterion: PoseLoss, device: torch.device) -> int:
+    """Set batch_size and accumulate; return the images of a step, which --resume never changes.
+
+    A given --batch-size or --accumulate is kept. Otherwise a resumed run takes the largest batch
+    that divides a process's share: at most what norms have seen so far, and half of one that was
+    out of memory. Raises ValueError if that does not work out.
+    """
+    if not saved:
+        if args.batch_size == "auto":
+            share = RECIPES[args.model]["batch_size"] * args.accumulate
+            args.batch_size = largest_batch(share, model, criterion, args, device)
+            args.accumulate = share // args.batch_size
+        return args.batch_size * args.accumulate * world_size
+    share, limit = saved["global_batch"] // world_size, args.batch_size
+    if "batch_size" not in args.given:
+        if world_size != saved["world_size"]:  # norms go on seeing as many images
+            limit = largest_batch(max(share // args.accumulate, 1), model, criterion, args, device)
+        if os.path.exists(f"{args.out}/out_of_memory"):
+            with open(f"{args.out}/out_of_memory") as f:
+                limit = min(limit, int(f.read()))
+        args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
+    if "accumulate" not in args.given:
+        args.accumulate = share // args.batch_size
+    if args.batch_size * args.accumulate * world_size != saved["global_batch"]:
+        raise ValueError(f"a step of this run takes {saved['global_batch']} images, which are not "
+                         f"{world_size} processes x {args.batch_size} images x {args.accumulate} "
+                         f"micro-batches; choose numbers that give {saved['global_batch']}")
+    return saved["global_batch"]
+
+
+def out_of_memory(args: argparse.Namespace) -> None:
+    """Leave a smaller micro-batch for --resume, and end this process.
+
+    Not by an exception: other processes wait in a collective, and so would a clean exit.
+    """
+    if args.batch_size > 1:
+        with open(f"{args.out}/out_of_memory.tmp", "w") as f:
+            f.write(str(args.batch_size // 2))
+        os.replace(f"{args.out}/out_of_memory.tmp", f"{args.out}/out_of_memory")
+    print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; " + (
+        f"go on with {args.batch_size // 2} and the same images a step: "
+        f"add --resume --out {args.out}" if args.batch_size > 1 else
+        "choose a smaller --image-size or --model"), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def train_mode(model: nn.Module, freeze: str | None) -> None:
+    """model.train(), but frozen norms keep their statistics and weights."""
+    model.train()
+    for module in model.modules():
+        if freeze == "bn" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval().requires_grad_(False)
+
+
+def give_up(what: str, steps: int, result: Step, rank: int) -> None:
+    """End the run after too many steps whose `what` was not finite, naming the last images."""
+    guilty = what == "gradient" or not all(map(math.isfinite, result.mine))
+    mine = result.image_ids if guilty else []
+    ids = [mine]
+    if dist.is_initialized():
+        ids = [None] * dist.get_world_size()
+        dist.all_gather_object(ids, mine)
+    images = ", ".join(str(i) for share in ids for i in share)
+    sys.exit(f"train.py: {steps} steps in a row were not finite ({what}), the last with images "
+             f"{images}: check these, lower --lr, or use --amp bf16 or no" if rank == 0 else 1)
+
+
+def catch_signals() -> list[int]:
+    """A list that takes up SIGTERM and SIGUSR1, which schedulers send before they kill."""
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    return asked
 
 
 def main() -> None:
-    args = parse_args()
-    torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
-    rank, world_size, device = setup_distributed()
-    if args.workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(max(share - 1, 1), 8)
+    args, rank = parse_args(), 0
     try:
-        args, saved = read_run(args)
+        rank, world_size, device = setup(args.deterministic)
+        saved = read_run(args, rank)
         source = fill_recipe(args)
-        (train, train_dir), (val, val_dir), labels, skeleton = open_data(args, rank)
-        global_batch = args.batch_size * world_size * args.accumulate
-        ends = epoch_ends(args.epochs, len(train.ids), global_batch)
-        total_steps = max(ends)
-        if args.warmup is None:
-            short = len(train.ids) < 10_000
-            args.warmup = math.ceil(3 * len(train.ids) / global_batch) if short else 1000
-        check_warmup(args.warmup, total_steps)
+        train_set, val_set, truth = open_data(args, rank)
+        skeleton, images = train_set.skeleton, len(train_set)
         torch.manual_seed(args.seed)  # the same first weights on every process
         model = YoloNasPose(args.model, len(skeleton.names))
-        report = load_weights(model, args.weights) if args.weights and saved is None else {}
+        report = load_weights(model, args.weights) if args.weights and not saved else {}
+        model = model.to(device, torch.float64 if args.double else torch.float32,
+                         memory_format=torch.channels_last)
+        criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
+                             LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
+                             reference=args.recipe == "reference")
+        global_batch = cut_batch(args, saved, world_size, model, criterion, device)
+        ends = epoch_ends(args.epochs, images, global_batch)
+        total_steps = max(ends)
+        if args.warmup is None:
+            args.warmup = math.ceil(3 * images / global_batch) if images < 10_000 else 1000
+        check_warmup(args.warmup, total_steps)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error}" if rank == 0 else 1)
     os.makedirs(args.out, exist_ok=True)
 
-    model = model.to(device, memory_format=torch.channels_last)
+    if world_size > 1 and not args.no_sync_bn:
+        model = sync_batch_norm(model)
+    train_mode(model, args.freeze)
     peak_lr = linear_scaled_lr(args.lr, global_batch, args.lr_batch)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
+    # Fused is exact only where gradients lie in memory as their parameters do; flat_gradients' do.
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=peak_lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
-    stopper = EarlyStopping(args.patience)
+    stopper, log = EarlyStopping(args.patience), Log(args, rank, total_steps, global_batch, images)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
-             "stopper": stopper}
-    for name in parts if saved else ():
-        parts[name].load_state_dict(saved[name])
-    step = saved["step"] if saved else 0
+             "stopper": stopper, "log": log}
+    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False)
+    if saved:
+        vars(at).update({name: saved[name] for name in vars(at)})
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, total_steps, args.warmup, args.final_ratio,
-                               args.warmup_start, step)
-    widen_steps = round(args.sigma_epochs * len(train.ids) / global_batch)
-    criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
-                         LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
-                         reference=args.recipe == "reference")
-
-    train_set = CocoPose(train, train_dir, skeleton, args.image_size, args.train_pad,
-                         AUGMENTS[args.augment], args.seed, args.recipe != "reference")
-    val_set = CocoPose(val, val_dir, skeleton, args.image_size, args.val_pad)
-    stream = Stream(len(train_set), args.seed, args.batch_size, step, stop, rank, world_size,
+                               args.warmup_start, at.step)
+    widen_steps = round(args.sigma_epochs * images / global_batch)
+    stream = Stream(images, args.seed, args.batch_size, at.step + at.skipped, rank, world_size,
                     args.accumulate)
+    batches = iter(make_loader(train_set, stream, args.workers, device))
     val_loader = make_loader(val_set, val_batches(len(val_set), args.batch_size, rank, world_size),
                              args.workers, device)
-    truth = quiet_coco(labels)
-    if rank == 0:
-        print_plan(args, source, {
-            **{f"weights {name}": len(tensors) for name, tensors in report.items()},
-            "images": f"{len(train_set)} to train on, {len(val_set)} to evaluate, "
-                      f"{args.image_size} px, {len(skeleton.names)} keypoints",
-            "global batch": f"{args.batch_size} images x {world_size} processes x "
-                            f"{args.accumulate} micro-batches = {global_batch}",
-            "steps": f"{total_steps} for {args.epochs} epochs, of which {stop - step} now",
-            "peak lr": f"{peak_lr:.2e} = {args.lr:.2e} x {global_batch} / {args.lr_batch}",
-            "warmup": f"{args.warmup} steps; keypoint tolerance narrows for {widen_steps}",
-            "device": f"{device}, amp {args.amp}, {args.workers} loader processes",
-            "ETA": "measured on the first steps, see below"})
-        if step < stop:
-            save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
-    log = Log(args, rank, step, stop, global_batch, len(train_set))
-    about = {"args": vars(args), "skeleton": skeleton._asdict()}
+    about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
+             "global_batch": global_batch, "world_size": world_size}
 
-    batches = iter(make_loader(train_set, stream, args.workers, device))
-    stopped = False
-    while step < stop and not stopped:
-        model.train()
-        sums, norm, waited = train_step(model, criterion, batches, optimizer, scaler, parameters,
-                                        device, args,
-                                        sigma_scale(step, widen_steps, args.sigma_start))
-        scheduler.step()
-        step += 1
-        ema.update(step)
-        log.step(step, sums, norm, waited, scheduler.get_last_lr()[0], memory_gb(device))
-        epoch = ends.get(step)
-        if epoch and (epoch % args.eval_every == 0 or step == total_steps):
-            metrics, _ = evaluate(ema.model, val_loader, truth, skeleton.sigmas, device)
-            best = stopper.best
-            stopped = stopper.update(metrics["AP"], epoch)
-            if rank == 0:
-                log.evaluation(step, epoch, metrics)
-                save_people(f"{args.out}/predictions.jpg", val_set,
-                            [(0, i) for i in range(min(16, len(val_set)))], ema.model, device)
-                if stopper.best > best:
-                    save_checkpoint(f"{args.out}/best.pt", {"model": ema.state_dict(), **about,
-                                                            "step": step, "AP": metrics["AP"]})
-        if rank == 0 and (epoch or step == stop):
-            save_checkpoint(f"{args.out}/last.pt", {
-                "step": step, **about, **{name: part.state_dict() for name, part in parts.items()}})
+    def save() -> None:
+        if rank == 0:
+            save_last(args.out, {**about, **vars(at),
+                                 **{name: part.state_dict() for name, part in parts.items()}})
+
     if rank == 0:
-        print(f"{'stopped early' if stopped else 'done'} at step {step}; " + (
-            f"best AP {stopper.best:.4f} after epoch {stopper.best_epoch}; see {args.out}"
-            if stopper.best_epoch else f"not evaluated yet; see {args.out}"))
+        print_plan(args, source, report, (images, len(val_set)), (world_size, global_batch),
+                   (total_steps, max(stop - at.step, 0), widen_steps), peak_lr, device)
+        if not saved:
+            save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
+    if not saved:
+        save()  # from here on --resume works
+    written, asked, parent = at.step, catch_signals(), os.getppid()
+
+    while not at.stopped:
+        epoch = ends.get(at.step, 0)
+        if epoch > at.evaluated and (epoch % args.eval_every == 0 or at.step == total_steps):
+            metrics, _ = evaluate(ema.model, val_loader, truth, skeleton.sigmas)
+            best, at.evaluated = stopper.best, epoch
+            at.stopped = stopper.update(metrics["AP"], epoch)
+            if rank == 0:
+                log.evaluation(at.step, epoch, metrics)
+                save_people(f"{args.out}/predictions.jpg", val_set,
+                            [(0, i) for i in range(min(16, len(val_set)))], ema.model)
+                if stopper.best > best:
+                    write_atomically(f"{args.out}/best.pt", {
+                        **about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]})
+        if at.step > written and (epoch or at.step == stop
+                                  or at.step % (args.save_every or stop) == 0):
+            written = at.step
+            save()
+        if at.step >= stop or at.stopped:
+            break
+        train_mode(model, args.freeze)
+        orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
+        try:
+            result = train_step(model, criterion, batches, optimizer, scaler, gradients, device,
+                                args, sigma_scale(at.step, widen_steps, args.sigma_start),
+                                bool(asked) or orphaned)
+        except torch.OutOfMemoryError:
+            out_of_memory(args)
+        if result.finite:
+            scheduler.step()
+            at.step, at.in_a_row = at.step + 1, 0
+            ema.update(at.step)
+            log.step(at.step, result, scheduler.get_last_lr()[0], memory_gb(device))
+            if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:
+                sync_check(model, result.mine, rank)
+        else:
+            at.skipped, at.in_a_row = at.skipped + 1, at.in_a_row + 1
+            what = log.skip(at.step, at.skipped, result)
+            if at.in_a_row == args.max_skipped:
+                give_up(what, at.in_a_row, result, rank)
+        if result.stop:
+            save()
+            break
+    if rank == 0:
+        state = "stopped early" if at.stopped else "done" if at.step >= total_steps else "stopped"
+        best = f"best AP {stopper.best:.4f} after epoch {stopper.best_epoch}"
+        print(f"{state} at step {at.step} of {total_steps}; "
+              f"{best if stopper.best_epoch else 'not evaluated yet'}; see {args.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    if asked:
+        sys.exit(128 + asked[0])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,19 @@ from reference import official_state, running_stats_n
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests that take an hour")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: runs with --long only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        items[:] = [item for item in items if "long" not in item.keywords]
+
+
 @pytest.fixture(scope="session")
 def official_n(tmp_path_factory) -> str:
     """A file as the reference writes it, size n, weights made from their names."""

@@ -24,7 +24,8 @@ def test_a_fresh_network_teaches_every_labeled_person_in_view():
     images, targets = collate([dataset[0, i] for i in range(12)])
     torch.manual_seed(0)
     with torch.no_grad():
-        raw = YoloNasPose("n").train()(to_input(images, torch.device("cpu")))
+        model = YoloNasPose("n").train()
+        raw = model(to_input(images, model))
     out, sigmas = decode(raw), torch.tensor(dataset.skeleton.sigmas)
     people = (targets["keypoints"][..., 2] > 0).any(-1) & ~targets["crowd"]            # (B, M)
     best = {}
@@ -44,7 +45,8 @@ def test_crowds_and_unlabeled_people_give_no_class_gradient():
         dataset.annotations.offsets[i]:dataset.annotations.offsets[i + 1]].any()][:4]
     images, targets = collate([dataset[key] for key in keys])
     torch.manual_seed(0)
-    raw = YoloNasPose("n").eval()(to_input(images, torch.device("cpu")))
+    model = YoloNasPose("n").eval()
+    raw = model(to_input(images, model))
     raw = raw._replace(cls_logits=raw.cls_logits.detach().requires_grad_())
     terms, _ = PoseLoss(torch.tensor(dataset.skeleton.sigmas))(raw, decode(raw), targets)
     gradient, = torch.autograd.grad(terms["cls"], raw.cls_logits)

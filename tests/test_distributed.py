@@ -1,0 +1,418 @@
+"""N processes train the same model as one, and a killed run is the unbroken one, bit by bit.
+
+The short forms run always, on drawn people. `pytest --long` runs the full ones; with COCO_ROOT they
+train on real images.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from people import draw_dataset
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["--image-size", "64", "--warmup", "4", "--augment", "flip", "--clip-norm", "50",
+         "--lr", "2e-3", "--lr-batch", "8", "--log-every", "1"]
+# Runs train.py with something changed first: DRIVER % "code", where t is the module.
+DRIVER = ("import sys; sys.path.insert(0, {root!r}); import train as t, torch, os, signal, time\n"
+          "%s\nt.main()").format(root=str(ROOT))
+
+
+def command(processes: int = 1, patch: str | None = None, restarts: int = 0) -> list[str]:
+    """How to start train.py, in one process or under torchrun."""
+    launcher = [sys.executable]
+    if processes > 1 or restarts:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                     str(processes), "--max-restarts", str(restarts)]
+    if patch is None:
+        return [*launcher, str(ROOT / "train.py")]
+    path = Path(os.environ["PATCHES"]) / f"{abs(hash(patch))}.py"
+    path.write_text(DRIVER % patch)
+    return [*launcher, str(path)]
+
+
+def start(*flags, **how) -> subprocess.Popen:
+    """One thread for each process, a process group of its own, so that all of it can be killed."""
+    return subprocess.Popen([*command(**how), *map(str, flags)], start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def train(*flags, code: int = 0, **how) -> str:
+    """Run to the end and return what was printed."""
+    run = start(*flags, **how)
+    out, err = run.communicate(timeout=500)
+    assert run.returncode == code, out + err
+    return out + err
+
+
+def checkpoint(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a nested checkpoint, by its path."""
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    found = {}
+    for key, value in items:
+        if torch.is_tensor(value):
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, (dict, list)):
+            found |= tensors(value, f"{prefix}{key}/")
+    return found
+
+
+def largest_difference(a: Path, b: Path) -> tuple[float, str]:
+    """Largest relative distance between trained tensors of two runs, and the tensor's name."""
+    a, b = checkpoint(a)["model"], checkpoint(b)["model"]
+    return max(((a[n] - b[n]).norm().item() / max(b[n].norm().item(), 1e-30), n) for n in a
+               if a[n].is_floating_point())
+
+
+def distance(a: Path, b: Path) -> float:
+    """Relative distance of all trained tensors, laid end to end."""
+    a, b = (torch.cat([t.flatten().double() for t in checkpoint(p)["model"].values()
+                       if t.is_floating_point()]) for p in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Weights, averages, optimizer, best.pt and the log are equal, but for what the clock says."""
+    for name in ("last.pt", "best.pt"):
+        one, two = (tensors(checkpoint(p, name)) for p in (a, b))
+        assert one.keys() == two.keys() and len(one) > 800
+        assert [k for k in one if not torch.equal(one[k], two[k])] == []
+    logs = [[{k: v for k, v in json.loads(line).items()
+              if k not in ("img_s", "data_wait", "memory_gb")}
+             for line in (p / "log.jsonl").read_text().splitlines()] for p in (a, b)]
+    assert logs[0] == logs[1]
+
+
+def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills: int,
+                    seed: int) -> None:
+    """Compare an unbroken run of 3 epochs with one that is killed `kills` times, also midway
+    through the writing of a checkpoint."""
+    rng = random.Random(seed)
+    flags = ["--data", data, *FLAGS, "--epochs", 3, "--batch-size", 4 // processes, "--save-every",
+             2, "--eval-every", 1, *flags]
+    begin = time.time()
+    train(*flags, "--out", folder / "unbroken", processes=processes)
+    seconds = time.time() - begin
+    run = start(*flags, "--out", folder / "killed", processes=processes)
+    for kill in range(kills):
+        time.sleep(rng.uniform(0.45, 0.95) * seconds)
+        deadline = time.time() + 2
+        while kill % 3 == 2 and time.time() < deadline and not list(folder.glob("killed/*.tmp")):
+            time.sleep(0.0005)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        run = start("--out", folder / "killed", "--resume", processes=processes)
+    out, err = run.communicate(timeout=500)
+    assert run.returncode == 0, out + err
+    same_run(folder / "unbroken", folder / "killed")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, request) -> Path:
+    """Twelve drawn training images, a third without anybody, so that some process sees nobody."""
+    folder = tmp_path_factory.mktemp("people")
+    os.environ["PATCHES"] = str(folder)
+    draw_dataset(str(folder / "people"), train=12, val=4, side=64)
+    path = folder / "people" / "annotations" / "person_keypoints_train2017.json"
+    labels = json.loads(path.read_text())
+    labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] % 3]
+    path.write_text(json.dumps(labels))
+    return folder / "people"
+
+
+def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
+           steps: int = 5, **how) -> Path:
+    train("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps, "--workers", 0,
+          "--batch-size", batch, "--accumulate", accumulate, *more, processes=processes, **how)
+    return out
+
+
+def test_two_processes_train_the_model_of_one(data, tmp_path):
+    one = run_of(data, tmp_path / "1x4", 1, 4, 1, "--double")
+    two = run_of(data, tmp_path / "2x2", 2, 2, 1, "--double", "--sync-check", "2")
+    assert largest_difference(two, one)[0] <= 1e-10
+    logs = [(p / "log.jsonl").read_text().splitlines() for p in (one, two)]
+    for a, b in zip(*(map(json.loads, log) for log in logs)):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-9)
+
+
+def test_accumulation_is_a_larger_batch(data, tmp_path):
+    one = run_of(data, tmp_path / "1x4", 1, 4, 1, "--double", "--freeze", "bn")
+    two = run_of(data, tmp_path / "1x2x2", 1, 2, 2, "--double", "--freeze", "bn")
+    assert largest_difference(two, one)[0] <= 1e-10
+
+
+# Each patch changes train.py (module t) before main() runs.
+KILL_RANK_1_TWICE = """
+real = t.train_step
+def train_step(model, *a, **k):
+    done = sum(os.path.exists(os.environ["PATCHES"] + f"/killed{n}") for n in (0, 1))
+    result = real(model, *a, **k)
+    calls[0] += 1
+    if os.environ["RANK"] == "1" and done < 2 and calls[0] == 2:
+        open(os.environ["PATCHES"] + f"/killed{done}", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+calls, t.train_step = [0], train_step
+"""
+NAN_IMAGE = """
+real, calls = t.to_input, [0]
+def to_input(images, model):
+    x = real(images, model)
+    calls[0] += 1
+    if calls[0] == 3 and os.environ.get("RANK", "0") == "0":
+        x[0, 0, 5, 5] = float("nan")
+    return x
+t.to_input = to_input
+"""
+INF_GRADIENT = """
+real, calls = t.PoseLoss.__call__, [0]
+def call(self, *a):
+    terms, scores = real(self, *a)
+    calls[0] += 1
+    if calls[0] == 3 and os.environ.get("RANK", "0") == "0":
+        terms["iou"].register_hook(lambda g: g * float("inf"))
+    return terms, scores
+t.PoseLoss.__call__ = call
+"""
+ALWAYS_NAN = "t.to_input = lambda images, model: images.float() * float('nan')"
+OUT_OF_MEMORY = """
+real, calls = t.train_step, [0]
+def train_step(model, criterion, batches, optimizer, scaler, gradients, device, args, *more):
+    calls[0] += 1
+    if calls[0] == 3 and args.batch_size > 1:
+        raise torch.OutOfMemoryError("pretended")
+    return real(model, criterion, batches, optimizer, scaler, gradients, device, args, *more)
+t.train_step = train_step
+"""
+SCRIPTED_AP = """
+import evaluate
+real, real_update, last = t.Log.step, t.EarlyStopping.update, [0]
+def step(self, step, *a):
+    last[0] = step
+    real(self, step, *a)
+def update(self, metric, epoch):
+    stop = real_update(self, metric, epoch)
+    with open(sys.argv[sys.argv.index("--out") + 1] + os.environ["RANK"], "a") as f:
+        f.write(f"{epoch} {self.best} {self.best_epoch} {stop}\\n")
+    return stop
+def keypoint_ap(*a):
+    assert os.environ.get("RANK", "0") == "0", "only process 0 scores"
+    return {"AP": [0.1, 0.4, 0.3, 0.4, 0.2, 0.35, 0.9][last[0] // 3 - 1]}
+t.Log.step, t.EarlyStopping.update, evaluate.keypoint_ap = step, update, keypoint_ap
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
+    kill_and_resume(data, tmp_path, ["--workers", 1], processes=1, kills=1, seed=0)
+
+
+@pytest.mark.long
+def test_a_dead_process_restarts_all_and_the_result_is_the_same(data, tmp_path):
+    one = run_of(data, tmp_path / "unbroken", 2, 2, 1, "--save-every", 1, steps=6)
+    two = run_of(data, tmp_path / "killed", 2, 2, 1, "--save-every", 1, steps=6,
+                 patch=KILL_RANK_1_TWICE, restarts=3)
+    assert {p.name for p in data.parent.glob("killed?")} == {"killed0", "killed1"}
+    a, b = (tensors(checkpoint(p)) for p in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.long
+def test_a_signal_saves_at_the_next_step_and_fewer_processes_go_on(data, tmp_path):
+    one = run_of(data, tmp_path / "unbroken", 2, 2, 1, "--double", steps=7)
+    flags = ("--data", data, "--out", tmp_path / "moved", *FLAGS, "--epochs", 8, "--max-steps", 7,
+             "--workers", 0, "--batch-size", 2, "--double")
+    run = start(*flags, processes=2, patch="""
+real = t.Log.step
+def step(self, step, *a):
+    real(self, step, *a)
+    if step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+t.Log.step = step""")
+    out, err = run.communicate(timeout=300)
+    assert run.returncode != 0 and "stopped at step 4" in out, out + err
+    assert checkpoint(tmp_path / "moved")["step"] == 4
+    said = train("--out", tmp_path / "moved", "--resume", "--max-steps", 7)
+    assert "4 images x 1 processes x 1 micro-batches = 4" in said
+    assert checkpoint(tmp_path / "moved")["step"] == 7
+    assert largest_difference(tmp_path / "moved", one)[0] <= 1e-10
+
+
+def test_one_process_skips_a_step_that_is_not_finite(data, tmp_path):
+    out = run_of(data, tmp_path / "run", 1, 4, 1, steps=3, patch=NAN_IMAGE)
+    state = checkpoint(out)
+    assert (state["step"], state["skipped"]) == (3, 1)
+    assert all(t.isfinite().all() for t in tensors(state).values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("patch, what", [(NAN_IMAGE, "scores"), (INF_GRADIENT, "gradient")])
+def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, patch, what):
+    out = run_of(data, tmp_path / "run", 2, 2, 1, "--sync-check", 1, steps=4, patch=patch)
+    state = checkpoint(out)
+    assert (state["step"], state["skipped"]) == (4, 1)
+    assert all(t.isfinite().all() for t in tensors(state).values())
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "AP" not in line] == [1, 2, 2, 3, 4]
+    assert lines[2]["skipped"] == 1 and what in lines[2]["not_finite"]
+
+
+def test_too_many_skipped_steps_end_the_run_and_name_the_images(data, tmp_path):
+    said = train("--data", data, "--out", tmp_path / "run", *FLAGS, "--epochs", 8, "--batch-size",
+                 2, "--workers", 0, "--max-skipped", 3, patch=ALWAYS_NAN, code=1)
+    assert "3 steps in a row were not finite (scores, cls" in said and "images" in said
+    assert checkpoint(tmp_path / "run")["step"] == 0
+
+
+@pytest.mark.long
+def test_out_of_memory_leaves_a_smaller_micro_batch_to_go_on_with(data, tmp_path):
+    one = run_of(data, tmp_path / "enough", 1, 4, 1, "--double", "--freeze", "bn", steps=6)
+    flags = ("--out", tmp_path / "little", "--max-steps", 6)
+    said = train("--data", data, *flags, *FLAGS, "--epochs", 8, "--workers", 0, "--batch-size", 4,
+                 "--double", "--freeze", "bn", "--save-every", 1, patch=OUT_OF_MEMORY, code=1)
+    assert "4 images of 64 px do not fit" in said and "Traceback" not in said
+    train("--resume", *flags, patch=OUT_OF_MEMORY, code=1)
+    said = train("--resume", *flags, patch=OUT_OF_MEMORY)
+    assert "1 images x 1 processes x 4 micro-batches = 4" in said and "peak lr       1.00e-03" in said
+    assert largest_difference(tmp_path / "little", one)[0] <= 1e-10
+
+
+@pytest.mark.long
+def test_both_processes_stop_at_the_same_epoch_also_after_a_resume(data, tmp_path):
+    flags = ("--data", data, *FLAGS, "--epochs", 8, "--workers", 0, "--batch-size", 2,
+             "--patience", 3, "--eval-every", 1)
+    said = train(*flags, "--out", tmp_path / "a", processes=2, patch=SCRIPTED_AP)
+    train(*flags, "--out", tmp_path / "b", "--max-steps", 10, processes=2, patch=SCRIPTED_AP)
+    again = train("--out", tmp_path / "b", "--resume", processes=2, patch=SCRIPTED_AP)
+    want = ["1 0.1 1 False", "2 0.4 2 False", "3 0.4 2 False", "4 0.4 2 False", "5 0.4 2 True"]
+    for run in "a0", "a1", "b0", "b1":
+        assert (tmp_path / run).read_text().splitlines() == want
+    assert "stopped early at step 15" in said and "stopped early at step 15" in again
+    assert checkpoint(tmp_path / "a", "best.pt")["step"] == 6
+    assert "stopped early" in train("--out", tmp_path / "a", "--resume")
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(data, tmp_path):
+    out = run_of(data, tmp_path / "run", 1, 4, 1, "--save-every", 1, steps=3)
+    last = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(last[:len(last) // 2])
+    said = train("--out", out, "--resume", "--max-steps", 3)
+    assert "last.pt is damaged" in said and "1 now" in said
+    assert checkpoint(out)["step"] == 3
+
+
+def test_resume_refuses_what_would_be_another_run(data, tmp_path):
+    out = run_of(data, tmp_path / "run", 1, 4, 1, steps=1)
+    said = train("--out", out, "--resume", "--lr", "0.1", code=1)
+    assert "--lr 0.1 differs from the 0.002 of the run" in said
+    said = train("--out", out, "--resume", "--batch-size", 3, code=1)
+    assert "choose numbers whose product is 4" in said
+    said = train("--out", out, "--resume", "--batch-size", 1, "--workers", 0, "--max-steps", 2)
+    assert "1 images x 1 processes x 4 micro-batches = 4" in said
+
+
+PERMUTED = """
+real = t.Stream.__iter__
+t.Stream.__iter__ = lambda self: (batch[::-1] for batch in real(self))
+"""
+OWN_NORMALISER = """
+real = t.dist.all_reduce
+def all_reduce(x, *a):
+    if x.numel() > 1_000_000:  # gradients, then 7 numbers, of which the first is the normaliser
+        x[:-7] /= x[-7].clamp(min=1) * t.dist.get_world_size()
+        real(x, *a)
+        x[-7] = 1
+    else:
+        real(x, *a)
+t.dist.all_reduce = all_reduce
+"""
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> list:
+    """Flags for 48 + 8 images, of COCO_ROOT or drawn, every third without labels."""
+    folder = tmp_path_factory.mktemp("uneven")
+    os.environ["PATCHES"] = str(folder)
+    root = os.environ.get("COCO_ROOT")
+    if not root:
+        root = str(folder / "people")
+        draw_dataset(root, train=48, val=8, side=128)
+    flags = []
+    for split, count in (("train", 48), ("val", 8)):
+        labels = json.loads(Path(root, "annotations",
+                                 f"person_keypoints_{split}2017.json").read_text())
+        labels["images"] = sorted(labels["images"], key=lambda i: i["id"])[:count]
+        labeled = {i["id"] for n, i in enumerate(labels["images"]) if n % 3 or split == "val"}
+        labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] in labeled]
+        (folder / f"{split}.json").write_text(json.dumps(labels))
+        flags += [f"--{split}-json", folder / f"{split}.json", f"--{split}-images",
+                  Path(root, f"{split}2017")]
+    return [*flags, "--image-size", 128, "--augment", "flip", "--clip-norm", 20, "--warmup", 4,
+            "--workers", 0, "--epochs", 20, "--max-steps", 20, "--eval-every", 20]
+
+
+def people_by_process(flags: list) -> list[list[int]]:
+    """Labeled people in each of 4 processes' 2 images, step by step."""
+    from data import Stream, flatten
+    a = flatten(json.loads(Path(flags[1]).read_text()))
+    streams = [iter(Stream(len(a.ids), 0, 2, 0, rank, 4)) for rank in range(4)]
+    return [[sum(int((a.keypoints[a.offsets[i]:a.offsets[i + 1], :, 2] > 0).any(-1).sum())
+                 for _, i in next(s)) for s in streams] for _ in range(20)]
+
+
+@pytest.mark.long
+def test_every_split_of_20_steps_trains_the_same_model(uneven, tmp_path, capsys):
+    def go(name, processes, batch, accumulate, *more, patch=None):
+        train(*uneven, "--out", tmp_path / name, "--batch-size", batch, "--accumulate", accumulate,
+              *more, processes=processes, patch=patch)
+        return tmp_path / name
+
+    people = people_by_process(uneven)
+    assert any(min(step) == 0 < max(step) for step in people)
+    one, figures = go("f64 1x8", 1, 8, 1, "--double"), {"people, first steps": people[:3]}
+    for n, b in ((2, 4), (4, 2)):
+        figures[f"float64 {n}x{b}"] = largest_difference(go(f"f64 {n}x{b}", n, b, 1, "--double"), one)
+    for what, more, patch in (("unsynced norms", ["--no-sync-bn"], None),
+                              ("own normalisers", [], OWN_NORMALISER)):
+        wrong = go(f"f64 {what}", 2, 4, 1, "--double", *more, patch=patch)
+        figures[f"float64 2x4, {what}"] = largest_difference(wrong, one)
+    frozen = go("f64 frozen 1x8", 1, 8, 1, "--double", "--freeze", "bn")
+    for n, b, a in ((1, 4, 2), (2, 2, 2)):
+        run = go(f"f64 frozen {n}x{b}x{a}", n, b, a, "--double", "--freeze", "bn")
+        figures[f"float64 {n}x{b}x{a}, frozen norms"] = largest_difference(run, frozen)
+    single = go("f32 1x8", 1, 8, 1)
+    figures["float32 1x8 permuted"] = distance(go("f32 p", 1, 8, 1, patch=PERMUTED), single)
+    for n, b in ((2, 4), (4, 2)):
+        figures[f"float32 {n}x{b}"] = distance(go(f"f32 {n}x{b}", n, b, 1), single)
+    with capsys.disabled():
+        print(*(f"{name}: {value}" for name, value in figures.items()), sep="\n")
+    for name, value in figures.items():
+        if "unsynced" in name or "own" in name:
+            assert value[0] > 1e-5, name
+        elif name.startswith("float64"):
+            assert value[0] <= 1e-10, name
+    limit = 3 * figures["float32 1x8 permuted"]
+    assert max(figures["float32 2x4"], figures["float32 4x2"]) <= limit
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twenty_kills(data, tmp_path, workers, processes, amp):
+    """Eight kinds of runs; with three kills for half of them and two for the others that is 20."""
+    kills = 3 if (workers == 0) == (processes == 1) else 2
+    seed = workers * 100 + processes * 10 + (amp == "bf16")
+    kill_and_resume(data, tmp_path, ["--workers", workers, "--amp", amp], processes, kills, seed)
