@@ -17,12 +17,14 @@ the step, and the checkpoint holds all the rest.
 import argparse
 import copy
 import datetime
+import fcntl
 import json
 import math
 import os
 import pickle
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -187,7 +189,8 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
         rows.append(("demo", DEMO))
     if args.recipe == "reference":
         rows.append(("reference", {"sigma_epochs": 0.0}))
-    source = {}
+    source, args.auto_batch = {}, args.batch_size == "auto"
+    args.batch_size = None if args.auto_batch else args.batch_size
     for name in COMMON | RECIPES[args.model]:
         if getattr(args, name) is not None:
             source[name] = "flag"
@@ -197,7 +200,7 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
     return source
 
 
-def setup(deterministic: bool) -> tuple[int, int, torch.device]:
+def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's process group if there is one. Return (rank, world_size, device).
 
     Without torchrun this process is rank 0 of 1. Without GPUs the processes talk over gloo; with
@@ -205,9 +208,6 @@ def setup(deterministic: bool) -> tuple[int, int, torch.device]:
     Raises ValueError if torchrun started more processes than this machine has GPUs.
     """
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -310,7 +310,7 @@ def train_step(model: nn.Module, criterion: PoseLoss, batches: Iterator,
     mine = tail[:6].clone()
     if dist.is_initialized():
         dist.all_reduce(flat)
-        if args.no_sync_bn:  # every process has its own statistics: all go on with the mean
+        if args.no_sync_bn and not args.freeze:  # each has its own statistics: on with the mean
             for t in statistics:
                 if t.is_floating_point():
                     dist.all_reduce(t)
@@ -365,20 +365,22 @@ def write_atomically(path: str, content: dict) -> None:
 def save_last(out: str, state: dict) -> None:
     """Write out/last.pt; the one before it becomes previous.pt."""
     last = os.path.join(out, "last.pt")
+    write_atomically(last + ".new", state)  # whole, before anything older is touched
     if os.path.exists(last):
         os.replace(last, os.path.join(out, "previous.pt"))
-    write_atomically(last, state)
+    os.replace(last + ".new", last)
 
 
 def load_last(out: str) -> dict | None:
-    """The newest checkpoint in `out` that is whole, if there is one."""
+    """The newest checkpoint in `out` that is whole, if there is one. Others are set aside."""
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                print(f"{path} is damaged ({str(error).splitlines()[0]}); trying previous.pt")
+                os.replace(path, path + ".damaged")
+                print(f"{path} is damaged ({str(error)[:60] or 'empty'}); trying previous.pt")
     return None
 
 
@@ -493,13 +495,20 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
           f"ETA           measured on the first steps, see below", flush=True)
 
 
+def launch_id() -> str:
+    """What stays the same when torchrun starts its processes again, and nowhere else."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
+
+
 def read_run(args: argparse.Namespace, rank: int) -> dict | None:
     """With --resume, or when torchrun starts again, the checkpoint to go on from; its flags win.
 
     Raises ValueError if there is nothing to go on from, or a flag was given that may not change.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     saved = from_rank_0(load_last(args.out) if rank == 0 else None)
+    restarted = from_rank_0(bool(saved) and saved["launch"] == launch_id()
+                            and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if saved and not (args.resume or restarted):
         raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
                          f"another --out")
@@ -508,7 +517,7 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
                          f"of the run to go on with")
     if not saved:
         return None
-    args.given = [] if restarted else args.given
+    args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
     here = {name: getattr(args, name) for name in ("out", "resume", "max_steps", "given")}
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
@@ -566,19 +575,24 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int, mod
     out of memory. Raises ValueError if that does not work out.
     """
     if not saved:
-        if args.batch_size == "auto":
-            share = RECIPES[args.model]["batch_size"] * args.accumulate
+        if args.auto_batch:
+            share = args.batch_size * args.accumulate
             args.batch_size = largest_batch(share, model, criterion, args, device)
             args.accumulate = share // args.batch_size
         return args.batch_size * args.accumulate * world_size
-    share, limit = saved["global_batch"] // world_size, args.batch_size
+    share, limit = max(saved["global_batch"] // world_size, 1), args.batch_size
     if "batch_size" not in args.given:
-        if world_size != saved["world_size"]:  # norms go on seeing as many images
+        if "accumulate" in args.given:
+            limit = max(share // args.accumulate, 1)
+        elif world_size != saved["world_size"]:  # norms go on seeing as many images
             limit = largest_batch(max(share // args.accumulate, 1), model, criterion, args, device)
+        noted = torch.tensor(limit)
         if os.path.exists(f"{args.out}/out_of_memory"):
             with open(f"{args.out}/out_of_memory") as f:
-                limit = min(limit, int(f.read()))
-        args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
+                noted = torch.tensor(min(limit, int(f.read())))
+        if dist.is_initialized():  # nodes may have disks of their own
+            dist.all_reduce(noted, dist.ReduceOp.MIN)
+        args.batch_size = max(b for b in range(1, int(noted) + 1) if share % b == 0)
     if "accumulate" not in args.given:
         args.accumulate = share // args.batch_size
     if args.batch_size * args.accumulate * world_size != saved["global_batch"]:
@@ -593,15 +607,28 @@ def out_of_memory(args: argparse.Namespace) -> None:
 
     Not by an exception: other processes wait in a collective, and so would a clean exit.
     """
+    advice = "choose a smaller --image-size or --model"
     if args.batch_size > 1:
-        with open(f"{args.out}/out_of_memory.tmp", "w") as f:
+        temporary = f"{args.out}/out_of_memory.{os.getpid()}"  # processes come here together
+        with open(temporary, "w") as f:
             f.write(str(args.batch_size // 2))
-        os.replace(f"{args.out}/out_of_memory.tmp", f"{args.out}/out_of_memory")
-    print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; " + (
-        f"go on with {args.batch_size // 2} and the same images a step: "
-        f"add --resume --out {args.out}" if args.batch_size > 1 else
-        "choose a smaller --image-size or --model"), file=sys.stderr, flush=True)
+        os.replace(temporary, f"{args.out}/out_of_memory")
+        advice = f"go on with {args.batch_size // 2}, same images a step: --resume --out {args.out}"
+    print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
+          f"{advice}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def lock(out: str) -> int:
+    """Let no other process write to `out` while this one lives. Returns what holds the lock."""
+    os.makedirs(out, exist_ok=True)
+    handle = os.open(os.path.join(out, "lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"train.py: another process is writing to {out}; wait for its end, stop it, or "
+                 f"give another --out")
+    return handle
 
 
 def train_mode(model: nn.Module, freeze: str | None) -> None:
@@ -636,9 +663,12 @@ def catch_signals() -> list[int]:
 def main() -> None:
     args, rank = parse_args(), 0
     try:
-        rank, world_size, device = setup(args.deterministic)
+        rank, world_size, device = setup_distributed()
         saved = read_run(args, rank)
         source = fill_recipe(args)
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+            torch.use_deterministic_algorithms(True)
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
         torch.manual_seed(args.seed)  # the same first weights on every process
@@ -657,7 +687,7 @@ def main() -> None:
         check_warmup(args.warmup, total_steps)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}" if rank == 0 else 1)
-    os.makedirs(args.out, exist_ok=True)
+    held = lock(args.out) if rank == 0 else None  # as long as this variable lives
 
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
@@ -686,7 +716,7 @@ def main() -> None:
     val_loader = make_loader(val_set, val_batches(len(val_set), args.batch_size, rank, world_size),
                              args.workers, device)
     about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
-             "global_batch": global_batch, "world_size": world_size}
+             "global_batch": global_batch, "world_size": world_size, "launch": launch_id()}
 
     def save() -> None:
         if rank == 0:
@@ -704,6 +734,10 @@ def main() -> None:
 
     while not at.stopped:
         epoch = ends.get(at.step, 0)
+        due = epoch or at.step == stop or at.step % (args.save_every or stop) == 0
+        if due and at.step > written:
+            written = at.step
+            save()
         if epoch > at.evaluated and (epoch % args.eval_every == 0 or at.step == total_steps):
             metrics, _ = evaluate(ema.model, val_loader, truth, skeleton.sigmas)
             best, at.evaluated = stopper.best, epoch
@@ -715,9 +749,6 @@ def main() -> None:
                 if stopper.best > best:
                     write_atomically(f"{args.out}/best.pt", {
                         **about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]})
-        if at.step > written and (epoch or at.step == stop
-                                  or at.step % (args.save_every or stop) == 0):
-            written = at.step
             save()
         if at.step >= stop or at.stopped:
             break

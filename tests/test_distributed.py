@@ -3,6 +3,7 @@
 The short forms run always, on drawn people. `pytest --long` runs the full ones; with COCO_ROOT they
 train on real images.
 """
+import fcntl
 import json
 import os
 import random
@@ -95,41 +96,72 @@ def same_run(a: Path, b: Path) -> None:
     assert logs[0] == logs[1]
 
 
+def family(pid: int) -> list[int]:
+    """A process and all it has started: torchrun gives its processes sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid] + [p for child in children for p in family(int(child))]
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL for the whole family; the launcher first, so that it cannot react."""
+    for pid in family(run.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # a child that ended by itself
+    run.communicate()
+
+
+def logged_steps(folder: Path) -> int:
+    path = folder / "log.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills: int,
                     seed: int) -> None:
-    """Compare an unbroken run of 3 epochs with one that is killed `kills` times, also midway
-    through the writing of a checkpoint."""
+    """Compare an unbroken run of 4 epochs, 12 steps, with one that is killed at random moments,
+    every third time in the middle of writing a file."""
     rng = random.Random(seed)
-    flags = ["--data", data, *FLAGS, "--epochs", 3, "--batch-size", 4 // processes, "--save-every",
+    flags = ["--data", data, *FLAGS, "--epochs", 4, "--batch-size", 4 // processes, "--save-every",
              2, "--eval-every", 1, *flags]
-    begin = time.time()
     train(*flags, "--out", folder / "unbroken", processes=processes)
-    seconds = time.time() - begin
     run = start(*flags, "--out", folder / "killed", processes=processes)
-    for kill in range(kills):
-        time.sleep(rng.uniform(0.45, 0.95) * seconds)
-        deadline = time.time() + 2
-        while kill % 3 == 2 and time.time() < deadline and not list(folder.glob("killed/*.tmp")):
-            time.sleep(0.0005)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+    for number, lines in enumerate(sorted(rng.sample(range(1, 15), kills))):
+        deadline = time.time() + 120
+        while logged_steps(folder / "killed") < lines and time.time() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        while number % 3 == 2 and time.time() < deadline and not list(folder.glob("killed/*.tmp")):
+            time.sleep(0.0002)
+        assert run.poll() is None, run.communicate()  # it was alive
+        kill(run)
         run = start("--out", folder / "killed", "--resume", processes=processes)
     out, err = run.communicate(timeout=500)
     assert run.returncode == 0, out + err
     same_run(folder / "unbroken", folder / "killed")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, request) -> Path:
-    """Twelve drawn training images, a third without anybody, so that some process sees nobody."""
-    folder = tmp_path_factory.mktemp("people")
+def small_set(folder: Path, train: int, val: int) -> Path:
+    """A COCO folder of images of COCO_ROOT, or drawn; every third to train on shows nobody."""
     os.environ["PATCHES"] = str(folder)
-    draw_dataset(str(folder / "people"), train=12, val=4, side=64)
-    path = folder / "people" / "annotations" / "person_keypoints_train2017.json"
-    labels = json.loads(path.read_text())
-    labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] % 3]
-    path.write_text(json.dumps(labels))
-    return folder / "people"
+    root, people = Path(os.environ.get("COCO_ROOT", folder / "drawn")), folder / "people"
+    if not root.exists():
+        draw_dataset(str(root), train=train, val=val, side=128)
+    (people / "annotations").mkdir(parents=True)
+    for split, count in (("train2017", train), ("val2017", val)):
+        name = f"annotations/person_keypoints_{split}.json"
+        labels = json.loads((root / name).read_text())
+        labels["images"] = sorted(labels["images"], key=lambda i: i["id"])[:count]
+        known = {i["id"] for n, i in enumerate(labels["images"]) if n % 3 or split == "val2017"}
+        labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] in known]
+        (people / name).write_text(json.dumps(labels))
+        (people / split).symlink_to((root / split).absolute())
+    return people
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_set(tmp_path_factory.mktemp("few"), 12, 4)
 
 
 def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
@@ -225,6 +257,8 @@ def test_a_dead_process_restarts_all_and_the_result_is_the_same(data, tmp_path):
     two = run_of(data, tmp_path / "killed", 2, 2, 1, "--save-every", 1, steps=6,
                  patch=KILL_RANK_1_TWICE, restarts=3)
     assert {p.name for p in data.parent.glob("killed?")} == {"killed0", "killed1"}
+    said = train("--data", data, "--out", two, "--seed", 7, processes=2, restarts=1, code=1)
+    assert said.count("already holds a run") == 2  # not taken for a restart of that run
     a, b = (tensors(checkpoint(p)) for p in (one, two))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -285,7 +319,8 @@ def test_out_of_memory_leaves_a_smaller_micro_batch_to_go_on_with(data, tmp_path
     assert "4 images of 64 px do not fit" in said and "Traceback" not in said
     train("--resume", *flags, patch=OUT_OF_MEMORY, code=1)
     said = train("--resume", *flags, patch=OUT_OF_MEMORY)
-    assert "1 images x 1 processes x 4 micro-batches = 4" in said and "peak lr       1.00e-03" in said
+    assert "1 images x 1 processes x 4 micro-batches = 4" in said
+    assert "peak lr       1.00e-03" in said
     assert largest_difference(tmp_path / "little", one)[0] <= 1e-10
 
 
@@ -304,23 +339,22 @@ def test_both_processes_stop_at_the_same_epoch_also_after_a_resume(data, tmp_pat
     assert "stopped early" in train("--out", tmp_path / "a", "--resume")
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(data, tmp_path):
-    out = run_of(data, tmp_path / "run", 1, 4, 1, "--save-every", 1, steps=3)
+def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data, tmp_path):
+    out = run_of(data, tmp_path / "run", 1, 4, 1, "--save-every", 1, steps=2)
     last = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(last[:len(last) // 2])
-    said = train("--out", out, "--resume", "--max-steps", 3)
-    assert "last.pt is damaged" in said and "1 now" in said
-    assert checkpoint(out)["step"] == 3
-
-
-def test_resume_refuses_what_would_be_another_run(data, tmp_path):
-    out = run_of(data, tmp_path / "run", 1, 4, 1, steps=1)
+    said = train("--out", out, "--resume", "--max-steps", 3, "--accumulate", 2)
+    assert "last.pt is damaged" in said and "of which 2 now" in said
+    assert "2 images x 1 processes x 2 micro-batches = 4" in said
+    assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
+    (out / "last.pt").write_bytes(b"")
     said = train("--out", out, "--resume", "--lr", "0.1", code=1)
-    assert "--lr 0.1 differs from the 0.002 of the run" in said
+    assert "last.pt is damaged (empty)" in said and "--lr 0.1 differs from the 0.002" in said
     said = train("--out", out, "--resume", "--batch-size", 3, code=1)
-    assert "choose numbers whose product is 4" in said
-    said = train("--out", out, "--resume", "--batch-size", 1, "--workers", 0, "--max-steps", 2)
-    assert "1 images x 1 processes x 4 micro-batches = 4" in said
+    assert "choose numbers that give 4" in said
+    with open(out / "lock", "w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        assert "another process is writing" in train("--out", out, "--resume", code=1)
 
 
 PERMUTED = """
@@ -342,31 +376,16 @@ t.dist.all_reduce = all_reduce
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory) -> list:
-    """Flags for 48 + 8 images, of COCO_ROOT or drawn, every third without labels."""
-    folder = tmp_path_factory.mktemp("uneven")
-    os.environ["PATCHES"] = str(folder)
-    root = os.environ.get("COCO_ROOT")
-    if not root:
-        root = str(folder / "people")
-        draw_dataset(root, train=48, val=8, side=128)
-    flags = []
-    for split, count in (("train", 48), ("val", 8)):
-        labels = json.loads(Path(root, "annotations",
-                                 f"person_keypoints_{split}2017.json").read_text())
-        labels["images"] = sorted(labels["images"], key=lambda i: i["id"])[:count]
-        labeled = {i["id"] for n, i in enumerate(labels["images"]) if n % 3 or split == "val"}
-        labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] in labeled]
-        (folder / f"{split}.json").write_text(json.dumps(labels))
-        flags += [f"--{split}-json", folder / f"{split}.json", f"--{split}-images",
-                  Path(root, f"{split}2017")]
-    return [*flags, "--image-size", 128, "--augment", "flip", "--clip-norm", 20, "--warmup", 4,
-            "--workers", 0, "--epochs", 20, "--max-steps", 20, "--eval-every", 20]
+    """Flags for 48 + 8 images with the default recipe."""
+    return ["--data", small_set(tmp_path_factory.mktemp("uneven"), 48, 8), "--image-size", 128,
+            "--augment", "flip", "--clip-norm", 20, "--warmup", 4, "--workers", 0, "--epochs", 20,
+            "--max-steps", 20, "--eval-every", 20]
 
 
 def people_by_process(flags: list) -> list[list[int]]:
     """Labeled people in each of 4 processes' 2 images, step by step."""
     from data import Stream, flatten
-    a = flatten(json.loads(Path(flags[1]).read_text()))
+    a = flatten(json.loads((flags[1] / "annotations/person_keypoints_train2017.json").read_text()))
     streams = [iter(Stream(len(a.ids), 0, 2, 0, rank, 4)) for rank in range(4)]
     return [[sum(int((a.keypoints[a.offsets[i]:a.offsets[i + 1], :, 2] > 0).any(-1).sum())
                  for _, i in next(s)) for s in streams] for _ in range(20)]
@@ -383,7 +402,8 @@ def test_every_split_of_20_steps_trains_the_same_model(uneven, tmp_path, capsys)
     assert any(min(step) == 0 < max(step) for step in people)
     one, figures = go("f64 1x8", 1, 8, 1, "--double"), {"people, first steps": people[:3]}
     for n, b in ((2, 4), (4, 2)):
-        figures[f"float64 {n}x{b}"] = largest_difference(go(f"f64 {n}x{b}", n, b, 1, "--double"), one)
+        run = go(f"f64 {n}x{b}", n, b, 1, "--double")
+        figures[f"float64 {n}x{b}"] = largest_difference(run, one)
     for what, more, patch in (("unsynced norms", ["--no-sync-bn"], None),
                               ("own normalisers", [], OWN_NORMALISER)):
         wrong = go(f"f64 {what}", 2, 4, 1, "--double", *more, patch=patch)
