@@ -23,9 +23,11 @@ writing results subtracts it, and nothing in between knows.
 Geometry: whatever happens to an image (mirror, rotation, zoom, mosaic, padding) is one 3 x 3
 matrix, so its pixels are resampled once and its points move by the same numbers.
 """
+import atexit
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -46,6 +48,10 @@ DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
 PAD_COLOR = (127, 127, 127)
 PAD_MODES = ("center", "bottom_right")
+
+
+class DataError(ValueError):
+    """An image file cannot be used; the message says which and why."""
 
 
 class Skeleton(NamedTuple):
@@ -94,7 +100,10 @@ def read_json(path: str) -> dict:
         raise FileNotFoundError(f"{path} not found; expected a COCO keypoint json (COCO's are in "
                                 f"annotations_trainval2017.zip)")
     with open(path) as f:
-        coco = json.load(f)
+        try:
+            coco = json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; was the download or export cut off?") from None
     if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
         raise ValueError(f"{path}: expected the keys images, annotations and categories of COCO's "
                          f"format; export your labels as COCO keypoints")
@@ -102,6 +111,12 @@ def read_json(path: str) -> dict:
         raise ValueError(f"{path}: categories {[c.get('name') for c in coco['categories']]}, "
                          f"expected exactly one, with keypoint names; use person_keypoints_*.json, "
                          f"not instances_*.json")
+    for what, keys in (("images", {"id", "file_name", "width", "height"}),
+                       ("annotations", {"id", "image_id", "bbox", "keypoints"})):
+        for record in coco[what]:
+            if not keys <= record.keys():
+                raise ValueError(f"{path}: {what}: {', '.join(sorted(keys - record.keys()))} is "
+                                 f"missing in {str(record)[:80]}; add it or remove the record")
     known = {image["id"] for image in coco["images"]}
     numbers = 3 * len(coco["categories"][0]["keypoints"])
     for ann in coco["annotations"]:
@@ -149,6 +164,15 @@ def flatten(coco: dict, only_people: bool = False) -> Annotations:
         sizes=np.array([[image["width"], image["height"]] for image in images], np.int64),
         offsets=np.cumsum([0] + [len(people[image["id"]]) for image in images]),
         boxes=boxes, keypoints=keypoints, crowd=np.array([a["iscrowd"] for a in rows], bool))
+
+
+def check_files(files: np.ndarray, folder: str) -> None:
+    """Raise FileNotFoundError, with advice, for the first of the images that is not in folder."""
+    listed = set(os.listdir(folder))
+    for name in files.tolist():
+        if name not in listed and not os.path.isfile(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{folder}/{name} not found, but the json names it; get the "
+                                    f"image or remove its record")
 
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
@@ -335,8 +359,7 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.I
     """
     image = Image.open(path)
     if image.size != (width, height):
-        raise ValueError(f"{path} is {image.width}x{image.height} px, its json says "
-                         f"{width}x{height}; fix the json, or the file")
+        raise ValueError(f"is {image.width}x{image.height} px, its json says {width}x{height}")
     shrink, drafted = shrink_for(zoom), 1
     if shrink > 1 and image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
@@ -387,7 +410,10 @@ class CocoPose(Dataset):
         path = os.path.join(self.folder, str(self.annotations.files[index]))
         width, height = self.annotations.sizes[index].tolist()
         zoom = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-        image, shrink = open_image(path, width, height, zoom)
+        try:
+            image, shrink = open_image(path, width, height, zoom)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
         # Colors before resampling, so that the padding around the image keeps its own.
         mean = np.array(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
         color = random_color(mean, rng, self.augment)
@@ -472,6 +498,14 @@ def ignore_signals(worker: int) -> None:
     """Schedulers and Ctrl-C signal loader processes too; only the training process decides."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def stop_workers() -> None:
+    """End all loader processes: as they ignore signals, the interpreter would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:

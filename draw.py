@@ -1,14 +1,19 @@
-"""Pictures of people: boxes and skeletons on images, many images on one sheet.
+"""What a person looks at: skeletons on images, many images on a sheet, a run's plan and progress.
 
-Owns pixels that are for looking at. Knows nothing about networks, files of labels or training; it
-imports numpy and Pillow.
+Owns pixels that are for looking at, lines of the terminal and log.jsonl. Knows nothing about
+networks, files of labels or how training works; it imports numpy and Pillow.
 """
+import argparse
+import json
 import math
+import os
+import time
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")
 LEFT, RIGHT, MIDDLE = (255, 140, 0), (0, 190, 255), (120, 230, 80)  # sides of the person
 BOX, IGNORED = (255, 255, 255), (170, 170, 170)
 
@@ -57,3 +62,109 @@ def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Imag
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet
+
+
+class Log:
+    """Progress lines and log.jsonl, one line an interval, from rank 0."""
+
+    def __init__(self, args: argparse.Namespace, rank: int, total_steps: int, global_batch: int,
+                 images: int):
+        self.path = os.path.join(args.out, "log.jsonl") if rank == 0 else None
+        self.every, self.total_steps = args.log_every, total_steps
+        self.global_batch, self.images = global_batch, images
+        self.sums, self.steps = [0.0] * 6, 0  # since the last line
+        self.taken, self.waited, self.interval = 0, 0.0, time.time()  # by this process alone
+
+    def state_dict(self) -> dict:
+        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        return {"sums": self.sums, "steps": self.steps, "bytes": size}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Forget what was written after the checkpoint: those steps are done again."""
+        self.sums, self.steps = state["sums"], state["steps"]
+        if self.path and os.path.exists(self.path):
+            os.truncate(self.path, min(state["bytes"], os.path.getsize(self.path)))
+
+    def write(self, values: dict) -> None:
+        """Append one json line."""
+        if self.path:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(values) + "\n")
+
+    def evaluation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Report the ten numbers; -1 means that nobody labeled is of that size."""
+        self.write({"step": step, "epoch": epoch, **metrics})
+        known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
+        print(f"epoch {epoch}  " + "  ".join(known), flush=True)
+        self.interval = time.time()
+
+    def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
+        """Say how the run ended."""
+        state = "stopped early" if early else "done" if step >= self.total_steps else "stopped"
+        ap = f"best AP {best:.4f} after epoch {best_epoch}" if best_epoch else "not evaluated yet"
+        print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}")
+
+    def skip(self, step: int, skipped: int, result) -> str:
+        """Report a train.Step that changed nothing. Return what was not finite."""
+        bad = [name for name, value in zip(("scores", *TERMS), result.sums)
+               if not math.isfinite(value)] or ["gradient"]
+        self.write({"step": step, "skipped": skipped, "not_finite": bad})
+        if self.path:
+            print(f"step {step + 1} skipped: not finite: {', '.join(bad)}; {skipped} so far",
+                  flush=True)
+        return ", ".join(bad)
+
+    def step(self, step: int, result, lr: float, memory: float) -> None:
+        """Take in a train.Step; every --log-every steps, and first at step 5, report.
+
+        memory in GB.
+        """
+        self.sums = [a + b for a, b in zip(self.sums, result.sums)]
+        self.steps, self.taken = self.steps + 1, self.taken + 1
+        self.waited += result.waited
+        if not self.path or (step % self.every and step not in (5, self.total_steps)):
+            return
+        score_sum, *terms = self.sums
+        seconds = time.time() - self.interval
+        terms = {name: term / max(score_sum, 1.0) for name, term in zip(TERMS, terms)}
+        rate = self.taken * self.global_batch / seconds
+        values = {"step": step, "epoch": round(step * self.global_batch / self.images, 3),
+                  "loss": sum(terms.values()), **terms,
+                  "scores": score_sum / self.steps / self.global_batch, "lr": lr,
+                  "grad_norm": result.norm, "img_s": rate, "data_wait": self.waited / seconds,
+                  "memory_gb": memory}
+        self.write(values)
+        eta = (self.total_steps - step) * self.global_batch / rate
+        print(f"epoch {values['epoch']:.2f}  step {step}/{self.total_steps}  "
+              f"loss {values['loss']:.3f} (" + " ".join(f"{n} {v:.3f}" for n, v in terms.items())
+              + f")  lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  "
+              f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
+              flush=True)
+        self.sums, self.steps, self.waited, self.taken = [0.0] * 6, 0, 0.0, 0
+        self.interval = time.time()
+
+
+def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
+               images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, int, int, int],
+               peak_lr: float, device: str) -> None:
+    """Every resolved value and where it came from, and what they turn into on this machine.
+
+    images to train on and to evaluate; batch is processes and images a step; steps are those of
+    all epochs, those done, those to do now, and those while the keypoint tolerance narrows.
+    """
+    groups = {}
+    for name, origin in source.items():
+        groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
+    for origin, values in groups.items():
+        print(f"{origin:13} {', '.join(values)}")
+    for name, tensors in report.items():
+        print(f"weights {name} {len(tensors)}")
+    print(f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
+          f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
+          f"micro-batches = {batch[1]}\n"
+          f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
+          f"peak lr       {peak_lr:.2e} from {args.lr:.2e} for {args.lr_batch} images a step, "
+          f"scaling {args.lr_scale}\n"
+          f"warmup        {args.warmup} steps; keypoint tolerance narrows for {steps[3]}\n"
+          f"device        {device}, amp {args.amp}, {args.workers} loader processes\n"
+          f"ETA           measured on the first steps, see below", flush=True)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import nms
 
-from data import (PAD_MODES, CocoPose, Skeleton, collate, find_split, fit_image, flatten,
-                  make_loader, read_json, read_skeleton, undo)
+from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_split, fit_image,
+                  flatten, make_loader, read_json, read_skeleton, undo)
 from draw import contact_sheet, draw_people
 from model import Decoded, YoloNasPose, decode, read_weights
 
@@ -198,23 +199,35 @@ def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", required=True, metavar="DIR",
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", metavar="DIR",
                    help="COCO root: annotations/person_keypoints_SPLIT.json and SPLIT/")
+    p.add_argument("--json", metavar="FILE", help="labels, with --images instead of --data")
+    p.add_argument("--images", metavar="DIR")
     p.add_argument("--weights", required=True, metavar="FILE",
                    help="checkpoint of train.py, or an official one")
-    p.add_argument("--split", default="val2017")
+    p.add_argument("--split", default="val2017", help="default: val2017")
     p.add_argument("--model", choices=["n", "s", "m", "l"], help="for an official checkpoint")
     p.add_argument("--image-size", type=int, help="px; default: the checkpoint's, else 640")
     p.add_argument("--pad", choices=PAD_MODES, help="default: the checkpoint's, else bottom_right")
-    p.add_argument("--batch-size", type=int, default=16)
-    p.add_argument("--workers", type=int, default=2, help="loader processes")
-    p.add_argument("--conf", type=float, default=0.01, help="smallest person score")
-    p.add_argument("--iou", type=float, default=0.7, help="NMS: largest overlap of two people")
+    p.add_argument("--batch-size", type=int, default=16, help="images at a time; default: 16")
+    p.add_argument("--workers", type=int, default=2, help="loader processes; default: 2")
+    p.add_argument("--conf", type=float, default=0.01, help="smallest person score; default: 0.01")
+    p.add_argument("--iou", type=float, default=0.7,
+                   help="NMS: largest overlap of two people; default: 0.7")
     p.add_argument("--metrics", metavar="FILE", help="write the ten numbers as json")
     p.add_argument("--results", metavar="FILE", help="write the detections as COCO results")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if not args.data and not (args.json and args.images):
+        p.error("give --data DIR, or --json FILE and --images DIR")
+    if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
+        p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
+    if args.batch_size < 1 or args.workers < 0:
+        p.error("--batch-size must be positive, --workers 0 or more")
+    for path in filter(None, (args.metrics, args.results)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            p.error(f"{path}: there is no folder {os.path.dirname(path)}")
+    return args
 
 
 def load_model(path: str, size: str | None = None) -> tuple[YoloNasPose, dict]:
@@ -243,24 +256,26 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, file = load_model(args.weights, args.model)
-        labels, folder = find_split(args.data, args.split)
-        labels = read_json(labels)
+        path, folder = (args.json, args.images) if args.json else find_split(args.data, args.split)
+        labels = read_json(path)
         skeleton = Skeleton(**file["skeleton"]) if "skeleton" in file else read_skeleton(labels)
         names = labels["categories"][0]["keypoints"]
         if names != skeleton.names or len(names) != model.num_keypoints:
             raise ValueError(f"{args.weights} predicts {model.num_keypoints} keypoints "
                              f"{skeleton.names}, the data has {names}; they must be the same")
+        size, pad = input_of(file)
+        size, pad = args.image_size or size, args.pad or pad
         annotations = flatten(labels)
+        check_files(annotations.files, folder)
+        dataset = CocoPose(annotations, folder, skeleton, size, pad)
+        loader = make_loader(dataset, val_batches(len(dataset), args.batch_size), args.workers,
+                             device)
+        print(f"{len(dataset)} images, {size} px, {pad}, conf {args.conf}, NMS {args.iou}, at most "
+              f"20 detections an image")
+        metrics, by_image = evaluate(model.to(device), loader, quiet_coco(labels), skeleton.sigmas,
+                                     args.conf, args.iou, progress=True)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    size, pad = input_of(file)
-    size, pad = args.image_size or size, args.pad or pad
-    dataset = CocoPose(annotations, folder, skeleton, size, pad)
-    loader = make_loader(dataset, val_batches(len(dataset), args.batch_size), args.workers, device)
-    print(f"{len(dataset)} images of {args.split}, {size} px, {pad}, conf {args.conf}, "
-          f"NMS {args.iou}, at most 20 detections an image")
-    metrics, by_image = evaluate(model.to(device), loader, quiet_coco(labels), skeleton.sigmas,
-                                 args.conf, args.iou, progress=True)
+        sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
         print(f"{name:10} {value:.4f}")
     if args.metrics:

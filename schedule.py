@@ -9,28 +9,102 @@ Cosine decay                                https://arxiv.org/abs/1608.03983
 """
 import copy
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def linear_scaled_lr(lr: float, global_batch: int, reference_batch: int) -> float:
-    """Learning rate for `global_batch` images per step, given the one for `reference_batch`."""
-    return lr * global_batch / reference_batch
+def scaled_lr(lr: float, global_batch: int, reference_batch: int, rule: str = "linear",
+              largest: float = math.inf) -> float:
+    """Learning rate for `global_batch` images per step, given the one for `reference_batch`.
+
+    rule: linear, sqrt, or none, which keeps lr. Processes and accumulation count alike.
+    """
+    power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[rule]
+    return min(lr * (global_batch / reference_batch) ** power, largest)
 
 
-def warmup_cosine(step: int, total_steps: int, warmup_steps: int, final_ratio: float,
-                  start_ratio: float = 0.0) -> float:
+def warmup_steps(text: str, images: int, global_batch: int) -> int:
+    """Optimizer steps of a warmup given as steps, as epochs like 3e, or auto.
+
+    auto: 3 epochs of less than 10,000 images, else 1000 steps; above 256 images a step at least
+    100 log2(images a step). Raises ValueError for other text.
+    """
+    if text == "auto":
+        steps = math.ceil(3 * images / global_batch) if images < 10_000 else 1000
+        return max(steps, round(100 * math.log2(global_batch))) if global_batch > 256 else steps
+    epochs = text.endswith("e")
+    try:
+        number = float(text.removesuffix("e"))
+    except ValueError:
+        raise ValueError(f"--warmup {text}: expected steps (1000), epochs (3e) or auto") from None
+    return math.ceil(number * images / global_batch) if epochs else round(number)
+
+
+class Plan(NamedTuple):
+    """The learning rate of a run, in optimizer steps and in shares of its peak."""
+
+    total_steps: int
+    warmup: int                 # steps until the peak
+    final_ratio: float = 0.05   # share at the last step
+    start_ratio: float = 0.0    # share at step 0
+    shape: str = "linear"       # of the warmup: linear, power or cosine
+    gamma: float = 2.0          # of power
+    decay: str = "cosine"       # after the warmup: cosine, step or flat
+    drops: tuple = ()           # step: steps at which the rate is multiplied by `drop`
+    drop: float = 0.1
+    restarts: int = 0           # how often warmup and decay begin anew (SGDR)
+
+
+def ramp(step: float, plan: Plan) -> float:
+    """How far the warmup has come: 0 at step 0, 1 from plan.warmup on."""
+    t = min(step / plan.warmup, 1.0) if plan.warmup else 1.0
+    return {"linear": t, "power": t ** plan.gamma, "cosine": 0.5 - 0.5 * math.cos(math.pi * t)
+            }[plan.shape]
+
+
+def lr_share(step: int, plan: Plan) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0.
 
-    Straight from start_ratio at step 0 to 1 at warmup_steps, then a cosine that reaches
-    final_ratio at the last step, total_steps - 1, and stays there.
+    From start_ratio at step 0 to 1 at plan.warmup; then, for cosine, down to final_ratio at the
+    last step, total_steps - 1, where it stays. A restart warms up from final_ratio.
     """
-    if step < warmup_steps:
-        return start_ratio + (1 - start_ratio) * step / warmup_steps
-    t = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
-    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
+    cycle = plan.total_steps / (plan.restarts + 1)
+    number = min(int(step / cycle), plan.restarts)
+    step, low = step - number * cycle, plan.final_ratio if number else plan.start_ratio
+    if step < plan.warmup:
+        return low + (1 - low) * ramp(step, plan)
+    if plan.decay == "flat":
+        return 1.0
+    if plan.decay == "step":
+        return plan.drop ** sum(step >= drop for drop in plan.drops)
+    t = min((step - plan.warmup) / max(cycle - 1 - plan.warmup, 1), 1.0)
+    return plan.final_ratio + (1 - plan.final_ratio) * 0.5 * (1 + math.cos(math.pi * t))
+
+
+class WarmupEnd:
+    """The step at which the warmup ends. If dynamic, the end moves on while the loss does not
+    fall from one tenth of the warmup to the next, to at most 3 times the plan."""
+
+    def __init__(self, planned: int, dynamic: bool = False):
+        self.planned, self.dynamic, self.end = planned, dynamic, planned
+        self.total, self.before = 0.0, math.inf
+
+    def update(self, step: int, loss: float) -> None:
+        """Take in the loss of optimizer step `step`, counted from 1 and equal on all processes."""
+        self.total, window = self.total + loss, max(self.planned // 10, 1)
+        if step % window == 0:
+            if self.dynamic and step <= self.end and self.total >= self.before:
+                self.end = min(self.end + window, 3 * self.planned)
+            self.total, self.before = 0.0, self.total
+
+    def state_dict(self) -> dict:
+        return {"end": self.end, "total": self.total, "before": self.before}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
 
 
 def sigma_scale(step: int, steps: int, start: float) -> float:
@@ -48,30 +122,56 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
                          f"training; train longer or warm up less")
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int,
-                   final_ratio: float, start_ratio: float = 0.0, step: int = 0) -> LambdaLR:
-    """warmup_cosine as a LambdaLR that stands at `step`; its step() comes after the optimizer's.
+def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int = 0,
+                   warmup_mult: dict[str, float] = {}, bias_ratio: float | None = None
+                   ) -> LambdaLR:
+    """lr_share as a LambdaLR that stands at `step`; its step() comes after the optimizer's.
 
-    The groups' lr (when resuming, their initial_lr) is the peak.
+    The groups' lr (when resuming, their initial_lr) is the peak. While warming up, biases start at
+    bias_ratio times it if that is given, and the parts in warmup_mult are slower by that factor.
     """
-    return LambdaLR(optimizer, lambda step: warmup_cosine(step, total_steps, warmup_steps,
-                                                          final_ratio, start_ratio),
-                    last_epoch=step - 1)
+    def of_group(group: dict):
+        def share(step: int) -> float:
+            now = plan._replace(warmup=warmup.end)
+            value, done = lr_share(step, now), ramp(step, now)
+            if bias_ratio is not None and group["bias"] and step < now.warmup:
+                value = bias_ratio + (1 - bias_ratio) * done
+            slow = warmup_mult.get(group["part"], 1.0)
+            return value * (slow + (1 - slow) * done)
+        return share
+    return LambdaLR(optimizer, [of_group(group) for group in optimizer.param_groups], step - 1)
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters that train, for the optimizer: decay on all but biases and norms.
+def set_momentum(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int,
+                 start: float | None, target: float) -> None:
+    """SGD's momentum, or Adam's beta1, for `step`: from start to target while warming up."""
+    done = ramp(step, plan._replace(warmup=warmup.end))
+    now = target if start is None else start + (target - start) * done
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (now, group["betas"][1])
+        else:
+            group["momentum"] = now
 
-    Bottlenecks' alphas decay, as in the original.
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float,
+                 lr_mult: dict[str, float] = {}) -> list[dict]:
+    """Parameters that train, for the optimizer: by part (backbone, neck, heads) and kind.
+
+    Biases and norms do not decay; bottlenecks' alphas do, as in the original. lr_mult slows or
+    speeds a part. Each group says its part and whether it holds biases.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
              for p in m.parameters()}
-    decayed, plain = [], []
+    groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (plain if name.endswith("bias") or id(p) in norms else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": plain, "weight_decay": 0.0}]
+            part, bias = name.split(".")[0], name.endswith("bias")
+            plain = bias or id(p) in norms
+            groups.setdefault((part, bias, plain), []).append(p)
+    return [{"params": params, "part": part, "bias": bias, "lr": lr * lr_mult.get(part, 1.0),
+             "weight_decay": 0.0 if plain else weight_decay}
+            for (part, bias, plain), params in groups.items()]
 
 
 def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:

@@ -39,23 +39,24 @@ import torch.distributed as dist
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
-from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, CocoPose, Stream, find_split,
-                  flatten, make_loader, read_json, read_skeleton)
+from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, CocoPose, DataError, Stream,
+                  check_files, find_split, flatten, make_loader, read_json, read_skeleton)
+from draw import Log, print_plan
 from evaluate import evaluate, quiet_coco, save_people, to_input, val_batches
 from loss import LossWeights, PoseLoss
 from model import SIZES, YoloNasPose, decode, load_weights, sync_batch_norm
 from people import draw_dataset
-from schedule import (EMA, EarlyStopping, check_warmup, linear_scaled_lr, make_scheduler,
-                      param_groups, sigma_scale)
+from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, make_scheduler,
+                      param_groups, scaled_lr, set_momentum, sigma_scale, warmup_steps)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")
 AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
 
 # What a flag is when it is not given. lr belongs to lr_batch images a step and is scaled.
-COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": None,
-          "warmup_start": 0.0, "final_ratio": 0.05, "weight_decay": 1e-6, "ema_decay": 0.997,
-          "sigma_start": 8.0, "sigma_epochs": 5.0}
+COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": "auto",
+          "warmup_start": 0.0, "warmup_momentum": None, "warmup_bias_lr": None, "momentum": 0.9,
+          "final_ratio": 0.05, "weight_decay": 1e-6, "ema_decay": 0.997, "sigma_start": 8.0,
+          "sigma_epochs": 5.0}
 NS = {**COMMON, "lr": 2e-3, "ema": "threshold", "dfl_weight": 0.01, "pose_weight": 34.0,
       "augment": "mosaic"}
 ML = {**COMMON, "ema": "exp", "dfl_weight": 0.5, "pose_weight": 10.0, "augment": "heavy"}
@@ -67,14 +68,34 @@ RECIPES = {
 }
 # The rates of m and l are for weights of a trained detector. From random weights: untested.
 FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
+# Ultralytics' values: the momentum rises and the biases' rate falls while the others' rises.
+SGD = {"lr": 0.01, "lr_batch": 64, "momentum": 0.937, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}
 # A few minutes on two CPU cores: small images, and the wide tolerance nearly to the end.
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
-        "augment": "flip", "eval_every": 2, "warmup": 50, "ema_decay": 0.99, "sigma_epochs": 7.5}
+        "augment": "flip", "eval_every": 2, "warmup": "50", "ema_decay": 0.99, "sigma_epochs": 7.5}
 
 
 # What --resume may change. The batch may be cut in another way, its images a step stay.
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "accumulate", "eval_every",
               "log_every", "save_every", "sync_check", "max_skipped")
+
+
+def numbers(text: str) -> list[float]:
+    """Flag values like 90,120."""
+    return [float(value) for value in text.split(",")]
+
+
+def images_or_auto(text: str) -> int | str:
+    """The value of --batch-size."""
+    return text if text == "auto" else int(text)
+
+
+def part_numbers(text: str) -> dict[str, float]:
+    """Flag values like backbone=0.1,neck=0.5."""
+    found = dict(item.split("=") for item in text.split(","))
+    if not found.keys() <= {"backbone", "neck", "heads"}:
+        raise ValueError
+    return {part: float(value) for part, value in found.items()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,8 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="COCO root: annotations/person_keypoints_SPLIT."
                    "json and SPLIT/ or images/SPLIT/; default: people drawn by people.py")
-    g.add_argument("--train-split", default="train2017")
-    g.add_argument("--val-split", default="val2017")
+    g.add_argument("--train-split", default="train2017", help="default: train2017")
+    g.add_argument("--val-split", default="val2017", help="default: val2017")
     for split in ("train", "val"):
         g.add_argument(f"--{split}-json", metavar="FILE", help="instead of --data")
         g.add_argument(f"--{split}-images", metavar="DIR", help="instead of --data")
@@ -93,17 +114,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="train on images with a labeled person only")
     g.add_argument("--flip-pairs", metavar="A:B,C:D",
                    help="keypoints that a mirror exchanges; default: left_* with right_*")
-    g.add_argument("--sigmas", metavar="S,S,...", help="spread of each keypoint as a share of "
-                   "sqrt(area); default: the json's, COCO's for COCO's names, else 0.05")
+    g.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="spread of each keypoint as a "
+                   "share of sqrt(area); default: the json's, COCO's for COCO's names, else 0.05")
     g.add_argument("--image-size", type=int, help="side of the padded input, px" + recipe)
-    g.add_argument("--train-pad", choices=PAD_MODES, default="center")
-    g.add_argument("--val-pad", choices=PAD_MODES, default="bottom_right")
+    g.add_argument("--train-pad", choices=PAD_MODES, default="center",
+                   help="where the border of the square input goes; default: center")
+    g.add_argument("--val-pad", choices=PAD_MODES, default="bottom_right",
+                   help="the same in evaluation; default: bottom_right, as the original has them")
     g.add_argument("--augment", choices=sorted(AUGMENTS), help="strength" + recipe)
     g.add_argument("--workers", type=int, help="loader processes for each process; "
                    "default: one less than its share of the cores, at most 8")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=sorted(SIZES), default="n", help="size; default: n")
+    g.add_argument("--model", choices=list(SIZES), default="n", help="size; default: n")
     g.add_argument("--weights", metavar="FILE", help="start from this checkpoint's weights")
 
     g = p.add_argument_group("optimization")
@@ -112,16 +135,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--epochs", type=int, help="passes over the training images" + recipe)
     g.add_argument("--max-steps", type=int, help="stop after this many optimizer steps; the "
                    "schedule stays that of --epochs")
-    g.add_argument("--batch-size", type=lambda text: text if text == "auto" else int(text),
-                   metavar="N", help="images per process and micro-batch; auto: the most that fit "
-                   "into memory, with --accumulate raised to keep the images a step" + recipe)
+    g.add_argument("--batch-size", type=images_or_auto, metavar="N", help="images per process and "
+                   "micro-batch; auto: the most that fit into a GPU's memory, with --accumulate "
+                   "raised to keep the images a step" + recipe)
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step; default: 1")
-    g.add_argument("--lr", type=float, help="peak learning rate for --lr-batch images a step; "
-                   "scaled linearly to the real number" + recipe)
+    g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
+    g.add_argument("--momentum", type=float, help="of SGD, or Adam's beta1" + recipe)
+    g.add_argument("--lr", type=float, help="peak learning rate for --lr-batch images a step, "
+                   "scaled to the real number" + recipe)
     g.add_argument("--lr-batch", type=int, help="images a step that --lr is meant for" + recipe)
-    g.add_argument("--warmup", type=int, help="optimizer steps until the peak; default: 1000, or "
-                   "3 epochs of less than 10,000 images")
+    g.add_argument("--lr-scale", choices=["linear", "sqrt", "none"], default="linear",
+                   help="how the rate grows with the images a step; default: linear")
+    g.add_argument("--max-lr", type=float, default=math.inf, help="largest scaled rate")
+    g.add_argument("--lr-mult", type=part_numbers, default={}, metavar="PART=X,...",
+                   help="slower or faster parts, like backbone=0.1,neck=0.5")
+    g.add_argument("--warmup", metavar="N|Ne|auto", help="until the peak: optimizer steps, epochs "
+                   "(3e), or auto: 3 epochs of less than 10,000 images, else 1000 steps, at least "
+                   "100 log2(images a step) above 256" + recipe)
+    g.add_argument("--warmup-shape", choices=["linear", "power", "cosine"], default="linear")
+    g.add_argument("--warmup-gamma", type=float, default=2.0, help="exponent of power; default: 2")
     g.add_argument("--warmup-start", type=float, help="share of the peak at step 0" + recipe)
+    g.add_argument("--warmup-momentum", type=float, help="momentum at step 0" + recipe)
+    g.add_argument("--warmup-bias-lr", type=float, help="biases' rate at step 0" + recipe)
+    g.add_argument("--warmup-mult", type=part_numbers, default={}, metavar="PART=X,...",
+                   help="parts that are slower while warming up, like backbone=0.1")
+    g.add_argument("--dynamic-warmup", action="store_true", help="go on warming up while the loss "
+                   "does not fall, to at most 3 times --warmup")
+    g.add_argument("--schedule", choices=["cosine", "step", "flat"], default="cosine")
+    g.add_argument("--lr-steps", type=numbers, default=[], metavar="EPOCH,EPOCH,...",
+                   help="step: when the rate drops, like 90,120")
+    g.add_argument("--lr-factor", type=float, default=0.1, help="step: what to; default: 0.1")
+    g.add_argument("--restarts", type=int, default=0, help="how often warmup and cosine begin anew")
     g.add_argument("--final-ratio", type=float, help="last learning rate / peak" + recipe)
     g.add_argument("--weight-decay", type=float, help="not on biases and norms" + recipe)
     g.add_argument("--clip-norm", type=float, default=math.inf,
@@ -135,7 +179,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "of sigma" + recipe)
     g.add_argument("--sigma-epochs", type=float,
                    help="epochs until that tolerance has shrunk to sigma" + recipe)
-    g.add_argument("--amp", choices=sorted(AMP_DTYPES), default="no", help="autocast type")
+    g.add_argument("--amp", choices=list(AMP_DTYPES), default="no",
+                   help="autocast type; default: no")
     g.add_argument("--double", action="store_true", help="float64: slow, to check promises")
     g.add_argument("--freeze", choices=["bn"], help="bn: norms keep their statistics and weights")
     g.add_argument("--no-sync-bn", action="store_true", help="each process norms by its own images")
@@ -156,7 +201,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--patience", type=int,
                    help="stop after so many epochs without a better AP" + recipe)
     g.add_argument("--log-every", type=int, default=50, help="steps between lines; default: 50")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=int, default=0,
+                   help="of first weights, order and augmentation; default: 0")
 
     args = p.parse_args(argv)
     if args.workers is None:
@@ -164,7 +210,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.workers = min(max(share - 1, 1), 8)
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     args.given = sorted(name for name, value in given.items() if value is not None)
-    args.sigmas = args.sigmas and [float(s) for s in args.sigmas.split(",")]
     if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
         p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
     for flag in ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "eval_every", "patience",
@@ -172,6 +217,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value != "auto" and not value > 0:
             p.error(f"--{flag.replace('_', '-')} {value} must be positive")
+    if args.workers < 0:
+        p.error(f"--workers {args.workers} must be 0 or more")
     for flag in ("train_json", "train_images", "val_json", "val_images"):
         if not args.data and not getattr(args, flag) and any(
                 getattr(args, f) for f in ("train_json", "train_images", "val_json", "val_images")):
@@ -180,20 +227,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
+def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]:
     """Set every flag that was not given from the recipe. Return where each value came from."""
     rows = [(f"recipe {args.model}", RECIPES[args.model])]
     if args.model in "ml" and not args.weights:
         rows.append(("from scratch, untested", FROM_SCRATCH))
     if not args.data and not args.train_json:
         rows.append(("demo", DEMO))
+    if args.optimizer == "sgd":
+        rows.append(("sgd", SGD))
     if args.recipe == "reference":
         rows.append(("reference", {"sigma_epochs": 0.0}))
     source, args.auto_batch = {}, args.batch_size == "auto"
     args.batch_size = None if args.auto_batch else args.batch_size
     for name in COMMON | RECIPES[args.model]:
         if getattr(args, name) is not None:
-            source[name] = "flag"
+            source[name] = given
         else:
             source[name], row = next((s, r) for s, r in reversed(rows) if name in r)
             setattr(args, name, row[name])
@@ -243,6 +292,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
             path, folder = path or default_path, folder or default_folder
         labels = read_json(path)
         annotations = flatten(labels, args.only_people and split == "train")
+        check_files(annotations.files, folder)
         if split == "train":
             skeleton = read_skeleton(labels, args.flip_pairs, args.sigmas)
         elif labels["categories"][0]["keypoints"] != skeleton.names:
@@ -380,87 +430,8 @@ def load_last(out: str) -> dict | None:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
                 os.replace(path, path + ".damaged")
-                print(f"{path} is damaged ({str(error)[:60] or 'empty'}); trying previous.pt")
+                print(f"{path} is damaged ({str(error)[:60] or 'empty'}) and set aside")
     return None
-
-
-def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
-    """{optimizer step: epoch that is complete after it}, steps and epochs counted from 1."""
-    return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
-
-
-class Log:
-    """Progress lines and log.jsonl, one line an interval, from rank 0."""
-
-    def __init__(self, args: argparse.Namespace, rank: int, total_steps: int, global_batch: int,
-                 images: int):
-        self.path = os.path.join(args.out, "log.jsonl") if rank == 0 else None
-        self.every, self.total_steps = args.log_every, total_steps
-        self.global_batch, self.images = global_batch, images
-        self.sums, self.steps = [0.0] * 6, 0  # since the last line
-        self.taken, self.waited, self.interval = 0, 0.0, time.time()  # by this process alone
-
-    def state_dict(self) -> dict:
-        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        return {"sums": self.sums, "steps": self.steps, "bytes": size}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Forget what was written after the checkpoint: those steps are done again."""
-        self.sums, self.steps = state["sums"], state["steps"]
-        if self.path and os.path.exists(self.path):
-            os.truncate(self.path, min(state["bytes"], os.path.getsize(self.path)))
-
-    def write(self, values: dict) -> None:
-        """Append one json line."""
-        if self.path:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(values) + "\n")
-
-    def evaluation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Report the ten numbers; -1 means that nobody labeled is of that size."""
-        self.write({"step": step, "epoch": epoch, **metrics})
-        known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
-        print(f"epoch {epoch}  " + "  ".join(known), flush=True)
-        self.interval = time.time()
-
-    def skip(self, step: int, skipped: int, result: Step) -> str:
-        """Report a step that changed nothing. Return what was not finite."""
-        bad = [name for name, value in zip(("scores", *TERMS), result.sums)
-               if not math.isfinite(value)] or ["gradient"]
-        self.write({"step": step, "skipped": skipped, "not_finite": bad})
-        if self.path:
-            print(f"step {step + 1} skipped: not finite: {', '.join(bad)}; {skipped} so far",
-                  flush=True)
-        return ", ".join(bad)
-
-    def step(self, step: int, result: Step, lr: float, memory: float) -> None:
-        """Take in one optimizer step; every --log-every steps, and first at step 5, report.
-
-        memory in GB.
-        """
-        self.sums = [a + b for a, b in zip(self.sums, result.sums)]
-        self.steps, self.taken = self.steps + 1, self.taken + 1
-        self.waited += result.waited
-        if not self.path or (step % self.every and step not in (5, self.total_steps)):
-            return
-        score_sum, *terms = self.sums
-        seconds = time.time() - self.interval
-        terms = {name: term / max(score_sum, 1.0) for name, term in zip(TERMS, terms)}
-        rate = self.taken * self.global_batch / seconds
-        values = {"step": step, "epoch": round(step * self.global_batch / self.images, 3),
-                  "loss": sum(terms.values()), **terms,
-                  "scores": score_sum / self.steps / self.global_batch, "lr": lr,
-                  "grad_norm": result.norm, "img_s": rate, "data_wait": self.waited / seconds,
-                  "memory_gb": memory}
-        self.write(values)
-        eta = (self.total_steps - step) * self.global_batch / rate
-        print(f"epoch {values['epoch']:.2f}  step {step}/{self.total_steps}  "
-              f"loss {values['loss']:.3f} (" + " ".join(f"{n} {v:.3f}" for n, v in terms.items())
-              + f")  lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  "
-              f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
-              flush=True)
-        self.sums, self.steps, self.waited, self.taken = [0.0] * 6, 0, 0.0, 0
-        self.interval = time.time()
 
 
 def memory_gb(device: torch.device) -> float:
@@ -470,29 +441,9 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
-               images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, int, int],
-               peak_lr: float, device: torch.device) -> None:
-    """Every resolved value and where it came from, and what they turn into on this machine.
-
-    images to train on and to evaluate; batch is processes and images a step; steps are those of
-    all epochs, those to do now, and those while the keypoint tolerance narrows.
-    """
-    groups = {}
-    for name, origin in source.items():
-        groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
-    for origin, values in groups.items():
-        print(f"{origin:13} {', '.join(values)}")
-    for name, tensors in report.items():
-        print(f"weights {name} {len(tensors)}")
-    print(f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
-          f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
-          f"micro-batches = {batch[1]}\n"
-          f"steps         {steps[0]} for {args.epochs} epochs, of which {steps[1]} now\n"
-          f"peak lr       {peak_lr:.2e} = {args.lr:.2e} x {batch[1]} / {args.lr_batch}\n"
-          f"warmup        {args.warmup} steps; keypoint tolerance narrows for {steps[2]}\n"
-          f"device        {device}, amp {args.amp}, {args.workers} loader processes\n"
-          f"ETA           measured on the first steps, see below", flush=True)
+def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
+    """{optimizer step: epoch that is complete after it}, steps and epochs counted from 1."""
+    return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
 
 
 def launch_id() -> str:
@@ -514,7 +465,7 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
                          f"another --out")
     if args.resume and not saved:
         raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
-                         f"of the run to go on with")
+                         f"of a run to go on with, or start anew with --weights of its best.pt")
     if not saved:
         return None
     args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
@@ -631,6 +582,28 @@ def lock(out: str) -> int:
     return handle
 
 
+def make_model(args: argparse.Namespace, num_keypoints: int,
+               device: torch.device) -> tuple[YoloNasPose, dict[str, list[str]]]:
+    """The network on its device, the same on every process, and load_weights' report."""
+    torch.manual_seed(args.seed)
+    model = YoloNasPose(args.model, num_keypoints)
+    report = load_weights(model, args.weights) if args.weights and not args.resume else {}
+    return model.to(device, torch.float64 if args.double else torch.float32,
+                    memory_format=torch.channels_last), report
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module,
+                   peak_lr: float) -> torch.optim.Optimizer:
+    """AdamW or SGD with Nesterov's momentum, and its groups.
+
+    Fused ones are right only where gradients lie in memory as their parameters do. Ours do.
+    """
+    groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=args.momentum, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, betas=(args.momentum, 0.999), fused=True)
+
+
 def train_mode(model: nn.Module, freeze: str | None) -> None:
     """model.train(), but frozen norms keep their statistics and weights."""
     model.train()
@@ -653,10 +626,18 @@ def give_up(what: str, steps: int, result: Step, rank: int) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that takes up SIGTERM and SIGUSR1, which schedulers send before they kill."""
+    """A list that takes up the signals to stop: Ctrl-C, and what schedulers send before they kill.
+
+    A second Ctrl-C stops at once.
+    """
     asked = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: asked.append(number))
+
+    def take(number: int, frame) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, take)
     return asked
 
 
@@ -665,25 +646,20 @@ def main() -> None:
     try:
         rank, world_size, device = setup_distributed()
         saved = read_run(args, rank)
-        source = fill_recipe(args)
+        source = fill_recipe(args, "saved" if saved else "flag")
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
-        torch.manual_seed(args.seed)  # the same first weights on every process
-        model = YoloNasPose(args.model, len(skeleton.names))
-        report = load_weights(model, args.weights) if args.weights and not saved else {}
-        model = model.to(device, torch.float64 if args.double else torch.float32,
-                         memory_format=torch.channels_last)
-        criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
-                             LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
+        model, report = make_model(args, len(skeleton.names), device)
+        weights = LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight)
+        criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device), weights,
                              reference=args.recipe == "reference")
         global_batch = cut_batch(args, saved, world_size, model, criterion, device)
         ends = epoch_ends(args.epochs, images, global_batch)
         total_steps = max(ends)
-        if args.warmup is None:
-            args.warmup = math.ceil(3 * images / global_batch) if images < 10_000 else 1000
+        args.warmup = warmup_steps(str(args.warmup), images, global_batch)
         check_warmup(args.warmup, total_steps)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}" if rank == 0 else 1)
@@ -692,23 +668,26 @@ def main() -> None:
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
     train_mode(model, args.freeze)
-    peak_lr = linear_scaled_lr(args.lr, global_batch, args.lr_batch)
+    peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
+    drops = [epoch * images / global_batch for epoch in args.lr_steps]
+    plan = Plan(total_steps, args.warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
+                args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
-    # Fused is exact only where gradients lie in memory as their parameters do; flat_gradients' do.
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=peak_lr, fused=True)
+    optimizer = make_optimizer(args, model, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
-    stopper, log = EarlyStopping(args.patience), Log(args, rank, total_steps, global_batch, images)
+    warmup, stopper = WarmupEnd(args.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
+    log = Log(args, rank, total_steps, global_batch, images)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
-             "stopper": stopper, "log": log}
+             "stopper": stopper, "log": log, "warmup": warmup}
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False)
     if saved:
         vars(at).update({name: saved[name] for name in vars(at)})
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     stop = min(total_steps, args.max_steps or total_steps)
-    scheduler = make_scheduler(optimizer, total_steps, args.warmup, args.final_ratio,
-                               args.warmup_start, at.step)
+    scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
+                               args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
     widen_steps = round(args.sigma_epochs * images / global_batch)
     stream = Stream(images, args.seed, args.batch_size, at.step + at.skipped, rank, world_size,
                     args.accumulate)
@@ -723,15 +702,14 @@ def main() -> None:
             save_last(args.out, {**about, **vars(at),
                                  **{name: part.state_dict() for name, part in parts.items()}})
 
-    if rank == 0:
+    if rank == 0 and at.step < stop and not at.stopped:
         print_plan(args, source, report, (images, len(val_set)), (world_size, global_batch),
-                   (total_steps, max(stop - at.step, 0), widen_steps), peak_lr, device)
-        if not saved:
-            save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
+                   (total_steps, at.step, stop - at.step, widen_steps), peak_lr, str(device))
     if not saved:
         save()  # from here on --resume works
+        if rank == 0:
+            save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
     written, asked, parent = at.step, catch_signals(), os.getppid()
-
     while not at.stopped:
         epoch = ends.get(at.step, 0)
         due = epoch or at.step == stop or at.step % (args.save_every or stop) == 0
@@ -753,6 +731,7 @@ def main() -> None:
         if at.step >= stop or at.stopped:
             break
         train_mode(model, args.freeze)
+        set_momentum(optimizer, plan, warmup, at.step, args.warmup_momentum, args.momentum)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
         try:
             result = train_step(model, criterion, batches, optimizer, scaler, gradients, device,
@@ -764,6 +743,7 @@ def main() -> None:
             scheduler.step()
             at.step, at.in_a_row = at.step + 1, 0
             ema.update(at.step)
+            warmup.update(at.step, sum(result.sums[1:]) / max(result.sums[0], 1.0))
             log.step(at.step, result, scheduler.get_last_lr()[0], memory_gb(device))
             if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:
                 sync_check(model, result.mine, rank)
@@ -776,10 +756,7 @@ def main() -> None:
             save()
             break
     if rank == 0:
-        state = "stopped early" if at.stopped else "done" if at.step >= total_steps else "stopped"
-        best = f"best AP {stopper.best:.4f} after epoch {stopper.best_epoch}"
-        print(f"{state} at step {at.step} of {total_steps}; "
-              f"{best if stopper.best_epoch else 'not evaluated yet'}; see {args.out}")
+        log.end(at.step, at.stopped, stopper.best, stopper.best_epoch, args.out)
     if dist.is_initialized():
         dist.destroy_process_group()
     if asked:
@@ -787,4 +764,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DataError as error:  # if a loader process met it, with that one's traceback
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")

@@ -252,13 +252,22 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
 
 
 @pytest.mark.long
+def test_one_process_under_torchrun_is_the_same_run(data, tmp_path):
+    one = run_of(data, tmp_path / "plain", 1, 4, 1, steps=6)
+    two = run_of(data, tmp_path / "torchrun", 1, 4, 1, steps=6, restarts=1)
+    a, b = (tensors(checkpoint(p)) for p in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.long
 def test_a_dead_process_restarts_all_and_the_result_is_the_same(data, tmp_path):
     one = run_of(data, tmp_path / "unbroken", 2, 2, 1, "--save-every", 1, steps=6)
     two = run_of(data, tmp_path / "killed", 2, 2, 1, "--save-every", 1, steps=6,
                  patch=KILL_RANK_1_TWICE, restarts=3)
     assert {p.name for p in data.parent.glob("killed?")} == {"killed0", "killed1"}
     said = train("--data", data, "--out", two, "--seed", 7, processes=2, restarts=1, code=1)
-    assert said.count("already holds a run") == 2  # not taken for a restart of that run
+    assert "already holds a run" in said  # and its restart is not taken for one of that run
+    assert checkpoint(two)["args"]["seed"] == 0
     a, b = (tensors(checkpoint(p)) for p in (one, two))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -344,7 +353,7 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     last = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(last[:len(last) // 2])
     said = train("--out", out, "--resume", "--max-steps", 3, "--accumulate", 2)
-    assert "last.pt is damaged" in said and "of which 2 now" in said
+    assert "last.pt is damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")

@@ -6,29 +6,59 @@ import torch
 from torch import nn
 
 from model import YoloNasPose
-from schedule import (EMA, EarlyStopping, check_warmup, ema_decay, linear_scaled_lr, make_scheduler,
-                      param_groups, sigma_scale, warmup_cosine)
+from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, ema_decay, lr_share,
+                      make_scheduler, param_groups, scaled_lr, set_momentum, sigma_scale,
+                      warmup_steps)
 
 
 def test_the_rate_meets_its_ends():
     def at(step):
-        return warmup_cosine(step, total_steps=101, warmup_steps=20, final_ratio=0.05)
+        return lr_share(step, Plan(total_steps=101, warmup=20))
     assert at(0) == 0 and at(10) == 0.5 and at(20) == 1
     assert at(60) == pytest.approx(0.05 + 0.95 / 2)  # middle of the cosine
     assert at(100) == pytest.approx(0.05)  # the last step that is taken
     assert at(101) == at(1000) == pytest.approx(0.05)
     rates = [at(step) for step in range(20, 101)]
     assert rates == sorted(rates, reverse=True)
-    assert warmup_cosine(0, 10, 4, 0.1, start_ratio=0.2) == 0.2
+    assert lr_share(0, Plan(10, 4, start_ratio=0.2)) == 0.2
+
+
+@pytest.mark.parametrize("shape, middle", [("linear", 0.5), ("power", 0.125), ("cosine", 0.5)])
+def test_warmup_shapes_reach_the_peak_without_a_jump(shape, middle):
+    plan = Plan(1000, 100, shape=shape, gamma=3.0)
+    rates = [lr_share(step, plan) for step in range(1000)]
+    assert (rates[0], rates[50], rates[100]) == (0, pytest.approx(middle), 1)
+    slope = {"linear": 0.01, "power": 0.03, "cosine": 0.01 * math.pi / 2}[shape]
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) <= slope + 1e-12
+
+
+def test_other_schedules_are_their_closed_forms():
+    step = Plan(100, 10, decay="step", drops=[50, 80], drop=0.1)
+    assert [lr_share(s, step) for s in (5, 10, 49, 50, 79, 80, 99)] == pytest.approx(
+        [0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [lr_share(s, Plan(100, 10, decay="flat")) for s in (0, 10, 99)] == [0, 1, 1]
+    twice = Plan(200, 10, final_ratio=0.1, restarts=1)
+    assert lr_share(10, twice) == lr_share(110, twice) == 1
+    assert lr_share(99, twice) == lr_share(199, twice) == pytest.approx(0.1)
+    assert lr_share(100, twice) == pytest.approx(0.1)  # it warms up from where it stood
+    assert lr_share(105, twice) == pytest.approx(0.55)
+
+
+def optimizer_of(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=1.0)
 
 
 def test_lambda_lr_follows_the_curve_and_a_resumed_one_stands_on_it():
+    plan = Plan(30, 5, 0.1)
+
     def rates(start, state=None):
         p = nn.Parameter(torch.zeros(1))
-        optimizer = torch.optim.AdamW([p], lr=3e-3)
+        optimizer = optimizer_of([{"params": [p], "lr": 3e-3, "part": "neck", "bias": False}])
         if state:
             optimizer.load_state_dict(state)
-        scheduler = make_scheduler(optimizer, 30, 5, 0.1, step=start)
+        scheduler = make_scheduler(optimizer, plan, WarmupEnd(5), step=start)
         seen = []
         for _ in range(start, 30):
             seen.append(optimizer.param_groups[0]["lr"])
@@ -39,9 +69,43 @@ def test_lambda_lr_follows_the_curve_and_a_resumed_one_stands_on_it():
                 state = optimizer.state_dict()
         return seen, state
     straight, state = rates(0)
-    assert straight == pytest.approx([3e-3 * warmup_cosine(s, 30, 5, 0.1) for s in range(30)])
+    assert straight == pytest.approx([3e-3 * lr_share(s, plan) for s in range(30)])
     state["param_groups"][0]["lr"] = 99.0  # what a checkpoint holds must not win over the curve
     assert rates(12, state)[0] == straight[12:]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_biases_fall_momentum_rises_and_slow_parts_catch_up(kind):
+    plan, model = Plan(100, 10, start_ratio=0.0), nn.Module()
+    model.backbone, model.heads = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = optimizer_of(param_groups(model, 0.01, 0.1, {"heads": 2.0}), kind)
+    scheduler = make_scheduler(optimizer, plan, WarmupEnd(10), 0, {"backbone": 0.5}, 0.1 / 0.01)
+    for step in range(12):
+        r = min(step / 10, 1)
+        set_momentum(optimizer, plan, WarmupEnd(10), step, 0.8, 0.937)
+        for group in optimizer.param_groups:
+            peak = 0.02 if group["part"] == "heads" else 0.01
+            share = 10 - 9 * r if group["bias"] and step < 10 else lr_share(step, plan)
+            share *= 0.5 + 0.5 * r if group["part"] == "backbone" else 1
+            assert group["lr"] == pytest.approx(peak * share)
+            now = group["betas"][0] if kind == "adamw" else group["momentum"]
+            assert now == pytest.approx(0.8 + 0.137 * r)
+            assert group["weight_decay"] == (0 if group["bias"] else 0.1)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_dynamic_warmup_waits_until_the_loss_falls():
+    """Windows of 10 steps; sums of losses 10, 10, 9, ... : one window does not fall."""
+    fixed, moving, stuck = WarmupEnd(100), WarmupEnd(100, True), WarmupEnd(100, True)
+    for step in range(1, 500):
+        for end in (fixed, moving):
+            end.update(step, 1.0 if step <= 20 else 20 / step)
+        stuck.update(step, 1.0)
+    assert (fixed.end, moving.end, stuck.end) == (100, 110, 300)
+    again = WarmupEnd(100, True)
+    again.load_state_dict(moving.state_dict())
+    assert vars(again) == vars(moving)
 
 
 def test_a_warmup_longer_than_training_is_refused():
@@ -50,9 +114,21 @@ def test_a_warmup_longer_than_training_is_refused():
         check_warmup(10, 10)
 
 
+def test_warmup_lengths():
+    assert warmup_steps("250", 5000, 16) == 250
+    assert warmup_steps("3e", 5000, 16) == 938 == warmup_steps("auto", 5000, 16)
+    assert warmup_steps("auto", 118_287, 256) == 1000
+    assert warmup_steps("auto", 5000, 512) == 900  # 100 log2(512)
+    with pytest.raises(ValueError, match="expected steps"):
+        warmup_steps("long", 10, 1)
+
+
 def test_equal_global_batches_get_equal_rates():
-    assert linear_scaled_lr(2e-3, 480, 480) == 2e-3
-    assert linear_scaled_lr(2e-3, 60, 480) == pytest.approx(2.5e-4)
+    assert scaled_lr(2e-3, 480, 480) == 2e-3
+    assert scaled_lr(2e-3, 60, 480) == pytest.approx(2.5e-4)
+    assert scaled_lr(2e-3, 120, 480, "sqrt") == pytest.approx(1e-3)
+    assert scaled_lr(2e-3, 60, 480, "none") == 2e-3
+    assert scaled_lr(2e-3, 960, 480, "linear", largest=3e-3) == 3e-3
 
 
 def test_keypoint_tolerance_shrinks_evenly_to_sigma():
@@ -96,9 +172,11 @@ def test_early_stopping_counts_epochs_not_evaluations():
 def test_decay_is_for_all_but_biases_and_norms_and_frozen_parameters_are_left_out():
     """Counts of the reference: 351 and 200 tensors, 35 and 35 of them dead placeholders."""
     model = YoloNasPose("n")
-    decayed, plain = param_groups(model, 0.1)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    assert len(decayed["params"]) == 200 - 35
-    assert len(plain["params"]) == 351 - 35 - 72
+    groups = param_groups(model, 1e-3, 0.1)
+    decayed, plain = ([p for g in groups if g["weight_decay"] == decay for p in g["params"]]
+                      for decay in (0.1, 0.0))
+    assert len(decayed) == 200 - 35 and len(plain) == 351 - 35 - 72
     names = {id(p): name for name, p in model.named_parameters()}
-    assert sum(names[id(p)].endswith("alpha") for p in decayed["params"]) == 19
+    assert sum(names[id(p)].endswith("alpha") for p in decayed) == 19
+    assert {g["part"] for g in groups} == {"backbone", "neck", "heads"}
+    assert all(names[id(p)].endswith("bias") == g["bias"] for g in groups for p in g["params"])

@@ -1,5 +1,6 @@
 """train.py and evaluate.py as a user runs them: in processes of their own, on a small drawn set."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from evaluate import load_model, predict
 from people import draw_dataset
-from train import DEMO, RECIPES, epoch_ends, fill_recipe, parse_args
+from train import DEMO, RECIPES, epoch_ends, fill_recipe, main, parse_args
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -119,28 +120,72 @@ def test_start_weights_are_loaded_and_listed(small):
     assert "weights loaded 886" in " ".join(done.stdout.split())
 
 
+def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
+    """The last line of a run that ends before it trains, without the cost of another process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    if code == 2:
+        assert end.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+    message = str(end.value)  # of sys.exit(message), which means code 1
+    assert "\n" not in message
+    return message
+
+
 @pytest.mark.parametrize("flags, code, message", [
     (["--image-size", "100"], 2, "--image-size 100 must be a multiple of 32"),
     (["--batch-size", "0"], 2, "--batch-size 0 must be positive"),
     (["--model", "x"], 2, "invalid choice"),
     (["--train-json", "a.json"], 2, "--train-images is missing"),
     (["--data", "/nowhere"], 1, "no folder /nowhere/train2017"),
-    (["--resume", "--out", "/nowhere"], 1, "/nowhere/last.pt not found"),
+    (["--resume", "--out", "/nowhere"], 1, "no whole last.pt or previous.pt in /nowhere"),
     (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "No such file"),
     (["--weights", __file__, "--data", "PEOPLE"], 1, "is no checkpoint"),
+    (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
+    (["--lr-mult", "tail=2"], 2, "invalid part_numbers value"),
+    (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
     (["--data", "PEOPLE", "--epochs", "2", "--warmup", "99"], 1, "train longer or warm up less"),
     (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
 ])
-def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, flags, code, message):
+def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, monkeypatch, capsys, flags, code,
+                                              message):
     names = {"PEOPLE": str(small / "people"), "RUN": str(small / "run")}
     flags = [names.get(flag, flag) for flag in flags]
     if "--out" not in flags:
         flags += ["--out", str(tmp_path / "out")]
-    done = run("train.py", *flags)
-    assert done.returncode == code
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert message in refusal(monkeypatch, capsys, flags, code)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("harm, message", [
+    ("missing", "000001.jpg not found, but the json names it"),
+    ("cut", "000001.jpg: image file is truncated"),
+    ("broken", "was the download or export cut off?"),
+    ("no bbox", "annotations: bbox is missing in"),
+])
+def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypatch, capsys, harm,
+                                                       message):
+    root = tmp_path / "people"
+    shutil.copytree(small / "people", root)
+    image = root / "train2017" / "000001.jpg"
+    path = root / "annotations" / "person_keypoints_train2017.json"
+    labels = json.loads(path.read_text())
+    if harm == "missing":
+        image.unlink()
+    elif harm == "cut":
+        image.write_bytes(image.read_bytes()[:900])
+    elif harm == "no bbox":
+        del labels["annotations"][0]["bbox"]
+    path.write_text(json.dumps(labels)[:None if harm != "broken" else 300])
+    flags = ["--data", root, "--out", tmp_path / "out", *SMALL]
+    if harm != "cut":
+        assert message in refusal(monkeypatch, capsys, flags, 1)
+    else:  # met by a loader process, which must not keep the run from ending
+        done = run("train.py", *flags)
+        assert done.returncode == 1 and message in done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_every_recipe_value_says_where_it_came_from():
