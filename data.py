@@ -223,6 +223,7 @@ class Augment(NamedTuple):
     degrees: float = 5.0     # largest rotation
     scale: tuple = (0.75, 1.5)     # zoom
     translate: float = 0.1   # largest shift, as a share of width and height
+    last_mosaic: float = math.inf  # epochs from here on (the first is 0) have no mosaic
 
 
 MOSAIC = Augment()
@@ -387,7 +388,7 @@ class CocoPose(Dataset):
         epoch, index = key
         rng = sample_rng(self.seed, epoch, index)
         indices = [index]
-        if rng.random() < self.augment.mosaic:
+        if rng.random() < self.augment.mosaic and epoch < self.augment.last_mosaic:
             indices += [int(i) for i in rng.integers(len(self), size=3)]
         sizes = [tuple(self.annotations.sizes[i].tolist()) for i in indices]
         frames = [random_geometry(width, height, rng, self.augment) for width, height in sizes]

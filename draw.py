@@ -158,7 +158,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     for origin, values in groups.items():
         print(f"{origin:13} {', '.join(values)}")
     for name, tensors in report.items():
-        print(f"weights {name} {len(tensors)}")
+        print(f"weights {name} {len(tensors)}" + (
+            f": {', '.join(tensors[:6])}{' ...' * (len(tensors) > 6)}" * (name != "loaded")))
     print(f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
           f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
           f"micro-batches = {batch[1]}\n"

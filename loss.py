@@ -199,8 +199,9 @@ class PoseLoss:
 
     def __init__(self, sigmas: Tensor, weights: LossWeights = LossWeights(), topk: int = 13,
                  alpha: float = 1.0, beta: float = 6.0, oks_floor: float = 0.1,
-                 reference: bool = False):
+                 reference: bool = False, label_smoothing: float = 0.0):
         self.sigmas, self.weights, self.reference = sigmas, weights, reference
+        self.label_smoothing = label_smoothing
         self.topk, self.alpha, self.beta = topk, alpha, beta
         self.oks_floor = 0.0 if reference else oks_floor
 
@@ -229,7 +230,8 @@ class PoseLoss:
         else:
             ignored = inside(raw.centers, gt_boxes) & (real & ~people)[..., None]    # (B, M, A)
             counted = 1.0 - (ignored.any(1) & (person < 0)).to(weight)            # (B, A)
-        cls = (focal_bce(raw.cls_logits, weight) * counted).sum()
+        smooth = weight + self.label_smoothing * (0.5 - weight)                   # (B, A)
+        cls = (focal_bce(raw.cls_logits, smooth) * counted).sum()
 
         # At most topk anchors a person learn one. Taking that many of highest weight is a fixed
         # number, so nothing waits for the GPU to count; slots left over have weight 0.

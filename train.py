@@ -98,6 +98,14 @@ def part_numbers(text: str) -> dict[str, float]:
     return {part: float(value) for part, value in found.items()}
 
 
+def frozen_ranges(text: str) -> list[tuple[str, int]]:
+    """Flag values like backbone:-1,bn: (part, epochs), 0 for always."""
+    pairs = [(item + ":0").split(":")[:2] for item in text.split(",")]
+    if not {part for part, _ in pairs} <= {"backbone", "neck", "bn"}:
+        raise ValueError
+    return [(part, int(epochs)) for part, epochs in pairs]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -121,7 +129,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="where the border of the square input goes; default: center")
     g.add_argument("--val-pad", choices=PAD_MODES, default="bottom_right",
                    help="the same in evaluation; default: bottom_right, as the original has them")
-    g.add_argument("--augment", choices=sorted(AUGMENTS), help="strength" + recipe)
+    g.add_argument("--augment", choices=list(AUGMENTS), help="strength" + recipe)
+    for name, text in (("mosaic", "a 2 x 2 collage"), ("flip", "a mirror image"),
+                       ("bgr", "red and blue exchanged"), ("rotate90", "quarter turns")):
+        g.add_argument(f"--{name}", type=float, metavar="P",
+                       help=f"probability of {text}; default: --augment's")
+    g.add_argument("--scale", type=float, metavar="GAIN",
+                   help="zoom by 1 - GAIN to 1 + GAIN; default: --augment's")
+    g.add_argument("--close-mosaic", type=int, default=0, metavar="EPOCHS",
+                   help="no mosaic in the last epochs; default: 0")
     g.add_argument("--workers", type=int, help="loader processes for each process; "
                    "default: one less than its share of the cores, at most 8")
 
@@ -172,6 +188,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="largest gradient norm; default: inf")
     g.add_argument("--dfl-weight", type=float, help="of the box distribution term" + recipe)
     g.add_argument("--pose-weight", type=float, help="of the keypoint position term" + recipe)
+    g.add_argument("--label-smoothing", type=float, default=0.0, metavar="E",
+                   help="person targets move from 0 and 1 towards 1/2 by E/2; default: 0")
     g.add_argument("--ema", choices=["threshold", "exp", "constant"],
                    help="how the decay of the weight average grows" + recipe)
     g.add_argument("--ema-decay", type=float, help="largest decay" + recipe)
@@ -182,7 +200,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--amp", choices=list(AMP_DTYPES), default="no",
                    help="autocast type; default: no")
     g.add_argument("--double", action="store_true", help="float64: slow, to check promises")
-    g.add_argument("--freeze", choices=["bn"], help="bn: norms keep their statistics and weights")
+    g.add_argument("--freeze", type=frozen_ranges, default=[], metavar="PART[:EPOCHS],...",
+                   help="backbone, neck, or bn (all norms) learn nothing, norms in them keep their "
+                   "statistics; in the first epochs (backbone:5), last (backbone:-1), or always")
     g.add_argument("--no-sync-bn", action="store_true", help="each process norms by its own images")
     g.add_argument("--max-skipped", type=int, default=20, help="stop after so many steps in a row "
                    "whose loss or gradient is not finite; such a step changes nothing; default: 20")
@@ -219,6 +239,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             p.error(f"--{flag.replace('_', '-')} {value} must be positive")
     if args.workers < 0:
         p.error(f"--workers {args.workers} must be 0 or more")
+    for flag in ("mosaic", "flip", "bgr", "rotate90", "scale", "label_smoothing"):
+        if not 0 <= (getattr(args, flag) or 0) <= 1:
+            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} must lie in 0 to 1")
     for flag in ("train_json", "train_images", "val_json", "val_images"):
         if not args.data and not getattr(args, flag) and any(
                 getattr(args, f) for f in ("train_json", "train_images", "val_json", "val_images")):
@@ -253,7 +276,8 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's process group if there is one. Return (rank, world_size, device).
 
     Without torchrun this process is rank 0 of 1. Without GPUs the processes talk over gloo; with
-    them gloo carries what is not a tensor, and waits for half an hour while one of them scores.
+    them gloo carries what is not a tensor. Nobody waits longer than 10 minutes, which is many times
+    what the slowest wait, for process 0 to score COCO's 5,000 images, takes.
     Raises ValueError if torchrun started more processes than this machine has GPUs.
     """
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
@@ -267,7 +291,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
                              f"{gpus} GPUs; use --nproc-per-node {gpus} or fewer")
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
-                            timeout=datetime.timedelta(minutes=30))
+                            timeout=datetime.timedelta(minutes=10))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -300,21 +324,27 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not any(a["num_keypoints"] and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         found += [(annotations, folder, skeleton, args.image_size)]
-    train_set = CocoPose(*found[0], args.train_pad, AUGMENTS[args.augment], args.seed,
-                         args.recipe != "reference")
+    changes = {name: getattr(args, name) for name in ("mosaic", "flip", "bgr", "rotate90")
+               if getattr(args, name) is not None}
+    if args.scale is not None:
+        changes |= {"affine": 1.0, "scale": (1 - args.scale, 1 + args.scale)}
+    changes["last_mosaic"] = args.epochs - args.close_mosaic
+    augment = AUGMENTS[args.augment]._replace(**changes)
+    train_set = CocoPose(*found[0], args.train_pad, augment, args.seed, args.recipe != "reference")
     return train_set, CocoPose(*found[1], args.val_pad), quiet_coco(labels)
 
 
 def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, Tensor]:
     """Lay all gradients into one tensor. Return it, and its last `extra` numbers, free for use.
 
-    Each p.grad is a piece of it from now on: one all-reduce, one division, one norm serve them all.
-    A parameter that gets no gradient counts as 0, which is right for a sum over processes.
+    Each p.grad is a piece of it from now on, kept as p.piece: one all-reduce, one division, one
+    norm serve them all. A parameter that gets no gradient counts as 0.
     """
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # whole 64 bytes: kernels stay fast
     flat = torch.zeros(sum(sizes) + extra, dtype=parameters[0].dtype, device=parameters[0].device)
     for i, p in enumerate(parameters):
-        p.grad = flat.as_strided(p.size(), p.stride(), sum(sizes[:i]))  # the optimizer wants p's
+        p.piece = flat.as_strided(p.size(), p.stride(), sum(sizes[:i]))  # the optimizer wants p's
+        p.grad = p.piece
     return flat, flat[sum(sizes):]
 
 
@@ -360,9 +390,9 @@ def train_step(model: nn.Module, criterion: PoseLoss, batches: Iterator,
     mine = tail[:6].clone()
     if dist.is_initialized():
         dist.all_reduce(flat)
-        if args.no_sync_bn and not args.freeze:  # each has its own statistics: on with the mean
-            for t in statistics:
-                if t.is_floating_point():
+        for norm in model.modules() if args.no_sync_bn else ():
+            if isinstance(norm, nn.BatchNorm2d) and norm.training:
+                for t in (norm.running_mean, norm.running_var):  # on with the processes' mean
                     dist.all_reduce(t)
                     t /= dist.get_world_size()
     scaler.unscale_(optimizer)
@@ -604,12 +634,22 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module,
     return torch.optim.AdamW(groups, betas=(args.momentum, 0.999), fused=True)
 
 
-def train_mode(model: nn.Module, freeze: str | None) -> None:
-    """model.train(), but frozen norms keep their statistics and weights."""
-    model.train()
-    for module in model.modules():
-        if freeze == "bn" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval().requires_grad_(False)
+def freeze(model: nn.Module, ranges: list[tuple[str, int]], epoch: int, epochs: int) -> None:
+    """Training mode, but for the parts that are frozen in this epoch, counted from 0.
+
+    Their norms stay in eval mode and their parameters get no gradient at all: with one of 0 the
+    optimizer would still move them, by decay and momentum.
+    """
+    frozen = {part for part, n in ranges
+              if n == 0 or (epoch < n if n > 0 else epoch >= epochs + n)}
+    for name, module in model.named_modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        stays = name.split(".")[0] in frozen or norm and "bn" in frozen
+        module.training = not stays
+        for p in module.parameters(recurse=False):
+            if hasattr(p, "piece"):  # given by flat_gradients; others never train
+                p.requires_grad_(not stays)
+                p.grad = None if stays else p.piece
 
 
 def give_up(what: str, steps: int, result: Step, rank: int) -> None:
@@ -642,7 +682,7 @@ def catch_signals() -> list[int]:
 
 
 def main() -> None:
-    args, rank = parse_args(), 0
+    args = parse_args()
     try:
         rank, world_size, device = setup_distributed()
         saved = read_run(args, rank)
@@ -655,19 +695,19 @@ def main() -> None:
         model, report = make_model(args, len(skeleton.names), device)
         weights = LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight)
         criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device), weights,
-                             reference=args.recipe == "reference")
+                             reference=args.recipe == "reference",
+                             label_smoothing=args.label_smoothing)
         global_batch = cut_batch(args, saved, world_size, model, criterion, device)
         ends = epoch_ends(args.epochs, images, global_batch)
         total_steps = max(ends)
         args.warmup = warmup_steps(str(args.warmup), images, global_batch)
         check_warmup(args.warmup, total_steps)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}" if rank == 0 else 1)
+        sys.exit(f"train.py: {error}")
     held = lock(args.out) if rank == 0 else None  # as long as this variable lives
 
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
-    train_mode(model, args.freeze)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
     drops = [epoch * images / global_batch for epoch in args.lr_steps]
     plan = Plan(total_steps, args.warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
@@ -730,7 +770,7 @@ def main() -> None:
             save()
         if at.step >= stop or at.stopped:
             break
-        train_mode(model, args.freeze)
+        freeze(model, args.freeze, at.step * global_batch // images, args.epochs)
         set_momentum(optimizer, plan, warmup, at.step, args.warmup_momentum, args.momentum)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
         try:

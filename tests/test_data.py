@@ -148,6 +148,15 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path):
     assert not np.array_equal(ds[0, 1]["image"], ds[1, 1]["image"])
 
 
+def test_mosaic_closes_with_its_last_epoch(tmp_path):
+    coco = dot_images(tmp_path, ".png", count=4)
+    always = PLAIN._replace(mosaic=1.0, last_mosaic=2)
+    plain, closing = (dataset(coco, tmp_path, 96, augment=a) for a in (PLAIN, always))
+    for epoch in range(4):
+        same = np.array_equal(plain[epoch, 0]["image"], closing[epoch, 0]["image"])
+        assert same == (epoch >= 2)
+
+
 def test_every_split_of_the_stream_sees_the_same_images_in_the_same_steps():
     def steps(batch, world, accumulate, start=0):
         ranks = [list(itertools.islice(Stream(10, 5, batch, start, rank, world, accumulate),

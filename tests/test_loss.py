@@ -306,3 +306,15 @@ def test_a_wider_tolerance_is_that_of_wider_sigmas():
     want, _ = PoseLoss(3 * SIGMAS)(raw, decode(raw), targets)
     plain, _ = PoseLoss(SIGMAS)(raw, decode(raw), targets)
     assert wide == want and wide["pose_reg"] < plain["pose_reg"]
+
+
+def test_label_smoothing_moves_the_class_target_towards_a_half():
+    """With logits at the smoothed target of background the class loss is at its least, by hand."""
+    raw = RawOutput(torch.zeros(1, 4), torch.zeros(1, 4, 4, BINS), torch.zeros(1, 4, 1, 2),
+                    torch.zeros(1, 4, 1), torch.full((4, 2), 4.0), torch.full((4, 1), 8.0))
+    nobody = {"boxes": torch.zeros(1, 1, 4), "keypoints": torch.zeros(1, 1, 1, 3),
+              "crowd": torch.zeros(1, 1, dtype=torch.bool)}
+    for smoothing in (0.0, 0.2):
+        terms, _ = PoseLoss(torch.ones(1), label_smoothing=smoothing)(raw, decode(raw), nobody)
+        target = smoothing / 2
+        assert terms["cls"].item() == pytest.approx(4 * (0.5 - target) ** 2 * math.log(2))

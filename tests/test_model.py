@@ -258,3 +258,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, zipped):
 def test_a_file_without_weights_for_us_is_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         load_weights(YoloNasPose("n"), write(tmp_path, content))
+
+
+def test_another_keypoint_set_rebuilds_the_last_layers_alone(official_n):
+    """17 to 14 keypoints: of an official file only the tensors that have K in their shape."""
+    model = YoloNasPose("n", 14)
+    report = load_weights(model, official_n)
+    assert report["skipped"] == [f"heads.head{i}.{layer}.{part}" for i in (1, 2, 3)
+                                 for layer in ("cls_pred", "pose_pred")
+                                 for part in ("weight", "bias")]
+    assert not report["missing"] and not report["unused"]
+    assert len(report["loaded"]) == len(model.state_dict()) - 12

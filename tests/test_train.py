@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data import MOSAIC_HEAVY
 from evaluate import load_model, predict
+from model import YoloNasPose, decode
 from people import draw_dataset
-from train import DEMO, RECIPES, epoch_ends, fill_recipe, main, parse_args
+from train import (DEMO, RECIPES, epoch_ends, fill_recipe, flat_gradients, freeze, frozen_ranges,
+                   main, open_data, parse_args)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -144,6 +147,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--weights", __file__, "--data", "PEOPLE"], 1, "is no checkpoint"),
     (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
     (["--lr-mult", "tail=2"], 2, "invalid part_numbers value"),
+    (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
     (["--data", "PEOPLE", "--epochs", "2", "--warmup", "99"], 1, "train longer or warm up less"),
@@ -201,6 +205,36 @@ def test_every_recipe_value_says_where_it_came_from():
     assert {size: (row["lr"], row["lr_batch"], row["batch_size"]) for size, row in RECIPES.items()
             } == {"n": (2e-3, 480, 60), "s": (2e-3, 384, 48), "m": (1e-4, 256, 32),
                   "l": (8e-5, 192, 24)}
+
+
+def test_augmentation_flags_change_one_number_of_the_strength(small):
+    args = parse_args(["--data", str(small / "people"), "--augment", "heavy", "--scale", "0.9",
+                       "--mosaic", "0", "--epochs", "20", "--close-mosaic", "5"])
+    fill_recipe(args)
+    augment = open_data(args, 0)[0].augment
+    assert augment == MOSAIC_HEAVY._replace(mosaic=0.0, affine=1.0, scale=(1 - 0.9, 1 + 0.9),
+                                            last_mosaic=15)
+
+
+def test_a_frozen_part_keeps_every_bit_and_thaws():
+    torch.manual_seed(0)
+    model = YoloNasPose("n")
+    flat, _ = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    ranges, moved = frozen_ranges("backbone:-1,bn:2"), []
+    for epoch in range(4):  # of 4: norms are frozen in 0 and 1, the backbone in 3
+        freeze(model, ranges, epoch, 4)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        flat.zero_()
+        decode(model(torch.rand(2, 3, 64, 64))).keypoints.square().mean().backward()
+        optimizer.step()
+        moved.append({n for n, t in model.state_dict().items() if not torch.equal(t, before[n])})
+        norms = {m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        assert norms == ({False} if epoch < 2 else {True} if epoch == 2 else {True, False})
+    stem = "backbone.stem.conv."
+    assert stem + "branch_3x3.conv.weight" in moved[0] and stem + "post_bn.weight" not in moved[1]
+    assert {stem + "post_bn.weight", stem + "post_bn.running_mean"} <= moved[2]
+    assert moved[3] and not any(name.startswith("backbone") for name in moved[3])
 
 
 def test_evaluation_comes_after_the_step_that_completes_an_epoch():
