@@ -290,8 +290,17 @@ def setup_distributed() -> tuple[int, int, torch.device]:
             raise ValueError(f"torchrun started local rank {local_rank}, but this machine has "
                              f"{gpus} GPUs; use --nproc-per-node {gpus} or fewer")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
-                            timeout=datetime.timedelta(minutes=10))
+    env, wait = os.environ, datetime.timedelta(minutes=10)
+    # torch 2.14 keeps the addresses of processes that died in the store that a restart reads. On
+    # one machine the number of the restart tells them apart; machines need not agree on it.
+    one_machine = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+    restart = env.get("TORCHELASTIC_RESTART_COUNT") if one_machine else None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=wait,
+                          is_master=env["RANK"] == "0" and env.get(
+                              "TORCHELASTIC_USE_AGENT_STORE") != "True", multi_tenant=True)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait,
+                            store=dist.PrefixStore(f"restart {restart}", store),
+                            rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
     return dist.get_rank(), dist.get_world_size(), device
 
 
