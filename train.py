@@ -18,7 +18,6 @@ import argparse
 import copy
 import datetime
 import fcntl
-import json
 import math
 import os
 import pickle
@@ -358,7 +357,7 @@ def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, 
 
 
 class Step(NamedTuple):
-    """What an optimizer step reports: numbers of all processes, but for the last two."""
+    """What an optimizer step reports: numbers of all processes, but for the last three."""
 
     sums: list[float]    # assigned-score sum and the five term sums
     norm: float          # of the gradient, before clipping
