@@ -15,6 +15,7 @@ A sample is a dict; this list is the only definition of its keys:
     crowd      (M,)      bool, the box holds a crowd
     image_id   int, the json's id
     matrix     (2, 3)    float64, px of the file to px of the padded input
+    mask       (S/2, S/2) uint8, only if asked for: 0 nobody's pixel, 1 somebody's, 2 unknown
 
 Pixels: coordinates are continuous. Pixel i covers [i, i + 1) and its center is i + 0.5, as Pillow
 resamples and as COCO's boxes are drawn. COCO's keypoints are pixel *indices*: reading adds 0.5,
@@ -35,7 +36,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageChops
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -76,6 +79,9 @@ class Annotations(NamedTuple):
     boxes: np.ndarray      # (T, 4) float32, x1, y1, x2, y2, px
     keypoints: np.ndarray  # (T, K, 3) float32, x px, y px, v; continuous coordinates
     crowd: np.ndarray      # (T,) bool
+    masks: np.ndarray      # (bytes,) uint8, COCO's run lengths of people's pixels, image by image
+    mask_offsets: np.ndarray   # (N + 1,) int64; both are empty if not asked for
+    masked: np.ndarray     # (T,) bool, the annotation has a segmentation
 
 
 def find_split(root: str, split: str) -> tuple[str, str]:
@@ -137,10 +143,32 @@ def read_json(path: str) -> dict:
     return coco
 
 
-def flatten(coco: dict, only_people: bool = False) -> Annotations:
+def pixels_of(people: list[dict], width: int, height: int) -> bytes:
+    """COCO's run lengths of the pixels of all people of an image that have a segmentation.
+
+    Polygons and both kinds of RLE. Raises ValueError for others.
+    """
+    parts = []
+    for ann in people:
+        shape, size = ann["segmentation"], [height, width]
+        polygons = isinstance(shape, list) and all(
+            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
+        runs = isinstance(shape, dict) and shape.get("size") == size and "counts" in shape
+        if not (polygons or runs):
+            raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
+                             f"polygons or run lengths of {height} x {width} px; remove or mend it")
+        if runs and isinstance(shape["counts"], str):
+            parts.append(shape)
+        else:
+            parts += coco_mask.frPyObjects(shape if polygons else [shape], height, width)
+    return coco_mask.merge(parts)["counts"] if parts else b""
+
+
+def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annotations:
     """The images of a json, in order of id, and their people, in continuous coordinates.
 
-    only_people leaves out images without a labeled person. Raises ValueError if nothing is left.
+    only_people leaves out images without a labeled person; masks keeps people's pixels.
+    Raises ValueError if nothing is left, or masks are asked for and nobody has a segmentation.
     """
     images = sorted(coco["images"], key=lambda image: image["id"])
     people = {image["id"]: [] for image in images}
@@ -153,6 +181,12 @@ def flatten(coco: dict, only_people: bool = False) -> Annotations:
         raise ValueError("no image is left" + only_people * ": nobody is labeled in any of them")
 
     rows = [ann for image in images for ann in people[image["id"]]]
+    masked = [masks and not ann["iscrowd"] and bool(ann.get("segmentation")) for ann in rows]
+    if masks and not any(masked):
+        raise ValueError("no annotation has a segmentation, which --mask trains with; leave it out")
+    runs = [np.frombuffer(pixels_of([a for a in people[image["id"]] if not a["iscrowd"]
+                                     and a.get("segmentation")], image["width"], image["height"]),
+                          np.uint8) for image in images] if masks else []
     boxes = np.array([ann["bbox"] for ann in rows], np.float32).reshape(-1, 4)         # (T, 4)
     boxes[:, 2:] += boxes[:, :2]
     k = len(coco["categories"][0]["keypoints"])
@@ -163,7 +197,9 @@ def flatten(coco: dict, only_people: bool = False) -> Annotations:
         ids=np.array([image["id"] for image in images], np.int64),
         sizes=np.array([[image["width"], image["height"]] for image in images], np.int64),
         offsets=np.cumsum([0] + [len(people[image["id"]]) for image in images]),
-        boxes=boxes, keypoints=keypoints, crowd=np.array([a["iscrowd"] for a in rows], bool))
+        boxes=boxes, keypoints=keypoints, crowd=np.array([a["iscrowd"] for a in rows], bool),
+        masks=np.concatenate([np.zeros(0, np.uint8), *runs]),
+        mask_offsets=np.cumsum([0] + [len(run) for run in runs]), masked=np.array(masked, bool))
 
 
 def check_files(files: np.ndarray, folder: str) -> None:
@@ -173,6 +209,68 @@ def check_files(files: np.ndarray, folder: str) -> None:
         if name not in listed and not os.path.isfile(os.path.join(folder, name)):
             raise FileNotFoundError(f"{folder}/{name} not found, but the json names it; get the "
                                     f"image or remove its record")
+
+
+def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray,
+            skeleton: Skeleton) -> np.ndarray:
+    """People (T,) whose left and right may be exchanged in one of the pairs.
+
+    Two pairs that agree in nearly all of the set on which way somebody faces (shoulders and hips;
+    not wrists) must agree. xy (T, K, 2), labeled (T, K), widths (T,) of the boxes.
+    """
+    pairs = [(i, j) for i, j in enumerate(skeleton.flip) if i != j and (
+        skeleton.names[i].startswith("left") or i < j and not skeleton.names[j].startswith("left"))]
+    left, right = np.array(pairs, int).reshape(-1, 2).T
+    apart = (xy[:, left, 0] - xy[:, right, 0]) / np.maximum(widths, 1)[:, None]   # (T, pairs)
+    sign = np.sign(apart) * (np.abs(apart) > 0.1) * labeled[:, left] * labeled[:, right]
+    found = np.zeros(len(xy), bool)
+    for a, b in itertools.combinations(sign.T, 2):
+        if (a * b > 0).sum() >= 0.97 * np.count_nonzero(a * b):
+            found |= a * b < 0
+    return found
+
+
+def describe(dataset: "CocoPose") -> list[str]:
+    """What is in a set, in lines to read before one trains with it.
+
+    Opens every image, and decodes up to 500 of them, to find broken files.
+    """
+    a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
+    labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
+    people = labeled.any(1) & ~a.crowd                                            # (T,)
+    image = np.repeat(np.arange(len(a.ids)), np.diff(a.offsets))                  # (T,)
+    wide_high = a.boxes[:, 2:] - a.boxes[:, :2]                                   # (T, 2) px
+    side = np.sqrt(wide_high.prod(1)) * size / a.sizes[image].max(1)              # (T,) px
+    _, first = np.unique(np.column_stack([image, a.boxes]), axis=0, return_index=True)
+    outside = labeled & ((xy < 0) | (xy > a.sizes[image][:, None])).any(-1)       # (T, K)
+    found = [
+        (np.flatnonzero(people & (side < 8)), f"people smaller than 8 px at {size} px"),
+        (np.setdiff1d(np.arange(len(image)), first), "boxes that their image has twice"),
+        (np.flatnonzero(outside.any(1)), "people with a keypoint outside the image"),
+        (np.flatnonzero(people & swapped(xy, labeled, wide_high[:, 0], dataset.skeleton)),
+         "people whose left and right may be exchanged")]
+    broken = []
+    for i in range(len(a.ids)):
+        try:
+            with Image.open(os.path.join(dataset.folder, str(a.files[i]))) as file:
+                if file.size != tuple(a.sizes[i]):
+                    raise OSError("of another size than the json says")
+                if i % max(len(a.ids) // 500, 1) == 0:
+                    file.load()
+        except OSError:
+            broken.append(i)
+    shares = labeled[people].mean(0) if people.any() else np.zeros(len(names))
+    few, middle, many = np.quantile(side[people], [0.05, 0.5, 0.95])
+    return [f"people        {people.sum()} labeled, {(~labeled.any(1) & ~a.crowd).sum()} without "
+            f"keypoints, {a.crowd.sum()} crowds; "
+            f"{len(a.ids) - len(np.unique(image[people]))} images show nobody labeled",
+            "labeled       " + ", ".join(f"{n} {s:.0%}" for n, s in zip(names, shares)),
+            f"box sides     {few:.0f}, {middle:.0f}, {many:.0f} px at {size} px (5, 50, 95 % of "
+            f"the people; the root of the area)",
+            *(f"check         {len(rows)} {what}, like {a.files[image[rows[0]]]}"
+              for rows, what in found if len(rows)),
+            *([f"check         {len(broken)} broken images, like {a.files[broken[0]]}"]
+              if broken else [])]
 
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
@@ -223,6 +321,8 @@ class Augment(NamedTuple):
     degrees: float = 5.0     # largest rotation
     scale: tuple = (0.75, 1.5)     # zoom
     translate: float = 0.1   # largest shift, as a share of width and height
+    mixup: float = 0.0       # probability of a blend with another sample, people of both counting
+    occlude: float = 0.0     # for each person, probability of something in front of it
     last_mosaic: float = math.inf  # epochs from here on (the first is 0) have no mosaic
 
 
@@ -327,8 +427,9 @@ def shrink_for(zoom: float) -> int:
     return 2 ** max(math.floor(-math.log2(zoom)), 0)
 
 
-def resample(canvas: Image.Image, image: Image.Image, matrix: np.ndarray,
-             region: np.ndarray) -> None:
+def resample(canvas: Image.Image, image: Image.Image, matrix: np.ndarray, region: np.ndarray,
+             fill: tuple | int = PAD_COLOR,
+             how: Image.Resampling = Image.Resampling.BILINEAR) -> None:
     """Draw the image through the (3, 3) matrix into region x1, y1, x2, y2 px of the canvas."""
     left, top, right, bottom = (int(v) for v in np.floor(region + 0.5))
     if right <= left or bottom <= top:
@@ -336,8 +437,7 @@ def resample(canvas: Image.Image, image: Image.Image, matrix: np.ndarray,
     # Pillow asks where each output pixel comes from: the inverse, from px of the region.
     source = np.linalg.inv(matrix) @ matrix3(1, 0, left, 0, 1, top)
     patch = image.transform((right - left, bottom - top), Image.Transform.AFFINE,
-                            tuple(source[:2].ravel().tolist()), Image.Resampling.BILINEAR,
-                            fillcolor=PAD_COLOR)
+                            tuple(source[:2].ravel().tolist()), how, fillcolor=fill)
     canvas.paste(patch, (left, top))
 
 
@@ -368,6 +468,26 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.I
     return image.convert("RGB").reduce(shrink // drafted), shrink
 
 
+def occlude(image: Image.Image, mask: Image.Image | None, boxes: np.ndarray,
+            keypoints: np.ndarray, rng: np.random.Generator, p: float) -> None:
+    """Cover a part of each person with probability p: a plain rectangle around a keypoint of it.
+
+    image, its mask at half the size, and keypoints (M, K, 3) are changed in place: what is covered
+    of anybody was visible (2) and becomes hidden (1). boxes (M, 4).
+    """
+    for box, person in zip(boxes, keypoints):
+        labeled = person[person[:, 2] > 0, :2]
+        if rng.random() < p and len(labeled):
+            reach = rng.uniform(0.05, 0.2, 2) * (box[2:] - box[:2])
+            middle = labeled[rng.integers(len(labeled))]
+            low, high = (np.floor((middle + side * reach) / 2).astype(int) for side in (-1, 1))
+            image.paste(tuple(rng.integers(256, size=3).tolist()), (*(2 * low), *(2 * high)))
+            if mask:
+                mask.paste(0, (*low, *high))
+            under = ((keypoints[..., :2] >= 2 * low) & (keypoints[..., :2] < 2 * high)).all(-1)
+            keypoints[under & (keypoints[..., 2] == 2), 2] = 1
+
+
 class CocoPose(Dataset):
     """Item (epoch, i) is the sample dict (see the top) of image i, changed as that epoch wants.
 
@@ -384,9 +504,29 @@ class CocoPose(Dataset):
     def __len__(self) -> int:
         return len(self.annotations.ids)
 
+    def rows(self, index: int) -> slice:
+        """Where the people of image `index` are in the annotations."""
+        return slice(self.annotations.offsets[index], self.annotations.offsets[index + 1])
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         rng = sample_rng(self.seed, epoch, index)
+        image, mask, people, matrix = self.compose(index, epoch, rng)
+        if rng.random() < self.augment.mixup:
+            more, more_mask, others, _ = self.compose(int(rng.integers(len(self))), epoch, rng)
+            image = Image.blend(image, more, rng.beta(32, 32))
+            mask = mask and ImageChops.lighter(mask, more_mask)
+            people = tuple(np.concatenate(pair) for pair in zip(people, others))
+        boxes, keypoints, crowd = people
+        if self.augment.occlude:
+            occlude(image, mask, boxes, keypoints, rng, self.augment.occlude)
+        sample = {"image": np.asarray(image), "boxes": boxes, "keypoints": keypoints,
+                  "crowd": crowd, "image_id": int(self.annotations.ids[index]),
+                  "matrix": matrix[:2]}
+        return sample | ({"mask": np.asarray(mask)} if mask else {})
+
+    def compose(self, index: int, epoch: int, rng: np.random.Generator) -> tuple:
+        """Image `index`, perhaps with three others: image, mask or None, people and matrix."""
         indices = [index]
         if rng.random() < self.augment.mosaic and epoch < self.augment.last_mosaic:
             indices += [int(i) for i in rng.integers(len(self), size=3)]
@@ -395,15 +535,17 @@ class CocoPose(Dataset):
         corners, width, height = collage([(w, h) for _, w, h in frames])
         fit = letterbox(width, height, self.size, self.pad)
         canvas = Image.new("RGB", (self.size, self.size), PAD_COLOR)
+        masks = len(self.annotations.mask_offsets) > 1
+        mask = Image.new("L", (self.size // 2, self.size // 2)) if masks else None
         people = []
         for i, (matrix, w, h), (x, y) in zip(indices, frames, corners):
             region = move(np.array([[x, y], [x + w, y + h]]), fit).reshape(4)  # x1, y1, x2, y2
             matrix = fit @ matrix3(1, 0, x, 0, 1, y) @ matrix
             self.paint(canvas, i, matrix, region, rng)
+            if mask:
+                self.paint_mask(mask, i, np.diag([0.5, 0.5, 1]) @ matrix, region / 2)
             people.append(self.people(i, matrix, region))
-        boxes, keypoints, crowd = (np.concatenate(part) for part in zip(*people))
-        return {"image": np.asarray(canvas), "boxes": boxes, "keypoints": keypoints, "crowd": crowd,
-                "image_id": int(self.annotations.ids[index]), "matrix": matrix[:2]}
+        return canvas, mask, tuple(np.concatenate(part) for part in zip(*people)), matrix
 
     def paint(self, canvas: Image.Image, index: int, matrix: np.ndarray, region: np.ndarray,
               rng: np.random.Generator) -> None:
@@ -422,14 +564,27 @@ class CocoPose(Dataset):
             image = image.convert("RGB", tuple(color.ravel().tolist()))
         resample(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region)
 
+    def paint_mask(self, canvas: Image.Image, index: int, matrix: np.ndarray,
+                   region: np.ndarray) -> None:
+        """The same for the pixels of people. A box that holds others is unknown: a crowd, or
+        somebody without a segmentation."""
+        a, rows = self.annotations, self.rows(index)
+        width, height = a.sizes[index].tolist()
+        pixels = np.zeros((height, width), np.uint8)
+        for x1, y1, x2, y2 in a.boxes[rows][~a.masked[rows]].round().astype(int).clip(0):
+            pixels[y1:y2, x1:x2] = 2
+        runs = a.masks[a.mask_offsets[index]:a.mask_offsets[index + 1]].tobytes()
+        if runs:
+            pixels[coco_mask.decode({"size": [height, width], "counts": runs}) > 0] = 1
+        resample(canvas, Image.fromarray(pixels), matrix, region, 0, Image.Resampling.NEAREST)
+
     def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
         """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut.
 
         Keypoints outside region (4,) px become unlabeled. Somebody with none left, or with a box
         under 1 px^2, keeps a box: neither person nor background. Who is out of view is dropped.
         """
-        a = self.annotations
-        rows = slice(a.offsets[index], a.offsets[index + 1])
+        a, rows = self.annotations, self.rows(index)
         boxes, keypoints, crowd = a.boxes[rows], a.keypoints[rows], a.crowd[rows]
         corners = move(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), matrix)   # (M, 4, 2)
         low, high = region[:2], region[2:]
@@ -462,10 +617,32 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
     for i, sample in enumerate(samples):
         for name, tensor in targets.items():
             tensor[i, :len(sample[name])] = torch.from_numpy(sample[name])
+    if "mask" in samples[0]:
+        targets["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))
     targets["image_id"] = torch.tensor([s["image_id"] for s in samples])
     targets["matrix"] = torch.from_numpy(np.stack([s["matrix"] for s in samples]))
     images = torch.from_numpy(np.stack([s["image"] for s in samples]))                # (B, S, S, 3)
     return images.permute(0, 3, 1, 2), targets
+
+
+def random_size(size: int, gain: float, seed: int, step: int) -> int:
+    """The image size of one step, on all processes: a multiple of 32 in size * (1 -+ gain)."""
+    low, high = math.ceil(size * (1 - gain) / 32), math.floor(size * (1 + gain) / 32)
+    return 32 * int(np.random.default_rng((seed, step, size)).integers(max(low, 1), high + 1))
+
+
+def resize(images: Tensor, targets: dict[str, Tensor],
+           size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images (B, 3, S, S) and their targets at another size, on their device."""
+    zoom = size / images.shape[-1]
+    if zoom == 1:
+        return images, targets
+    images = F.interpolate(images, (size, size), mode="bilinear", antialias=zoom < 1)
+    moved = {"boxes": targets["boxes"] * zoom, "crowd": targets["crowd"], "keypoints":
+             targets["keypoints"] * targets["keypoints"].new_tensor([zoom, zoom, 1])}
+    if "mask" in targets:
+        moved["mask"] = F.interpolate(targets["mask"][:, None], (size // 2, size // 2))[:, 0]
+    return images.contiguous(memory_format=torch.channels_last), moved
 
 
 class Stream:

@@ -10,6 +10,7 @@ import tempfile
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
 
 OVERSAMPLE, OCCLUDER = 3, 255
 CATEGORY = {"id": 1, "name": "person", "keypoints": ["nose"] + [
@@ -116,7 +117,9 @@ def paint(image: Image.Image, polygons: list[tuple], value: int = 0) -> None:
 
 def annotate(mask: Image.Image, value: int, joints: np.ndarray, shown: np.ndarray) -> dict:
     """COCO's annotation, without ids, of the person that is `value` in the mask."""
-    box = np.array(mask.point([v == value for v in range(256)]).getbbox() or [0] * 4) / OVERSAMPLE
+    own = mask.point([255 * (v == value) for v in range(256)])
+    box = np.array(own.getbbox() or [0] * 4) / OVERSAMPLE
+    run = coco_mask.encode(np.asfortranarray(np.array(own.reduce(OVERSAMPLE)) // 128))
     keypoints = []  # pixel indices: the middle of the first pixel is 0, not 0.5
     for z, towards_us in zip(joints, shown):
         inside = 0 <= z.real < mask.width and 0 <= z.imag < mask.height
@@ -124,6 +127,7 @@ def annotate(mask: Image.Image, value: int, joints: np.ndarray, shown: np.ndarra
         x, y = z.real / OVERSAMPLE - 0.5, z.imag / OVERSAMPLE - 0.5
         keypoints += [x, y, 2 if seen else 1] if inside else [0, 0, 0]
     return {"category_id": 1, "iscrowd": 0, "bbox": [*box[:2], *(box[2:] - box[:2])],
+            "segmentation": {"size": run["size"], "counts": run["counts"].decode()},
             "area": mask.histogram()[value] / OVERSAMPLE ** 2, "keypoints": keypoints,
             "num_keypoints": 17 - keypoints[2::3].count(0)}
 

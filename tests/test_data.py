@@ -157,6 +157,140 @@ def test_mosaic_closes_with_its_last_epoch(tmp_path):
         assert same == (epoch >= 2)
 
 
+def test_mixup_is_a_blend_and_keeps_the_people_of_both(tmp_path):
+    coco = dot_images(tmp_path, ".png", count=4)
+    one = dataset(coco, tmp_path, 96)
+    mixed = dataset(coco, tmp_path, 96, augment=PLAIN._replace(mixup=1.0))
+    images = [one[0, i]["image"].astype(float) for i in range(4)]
+    people = [one[0, i]["keypoints"] for i in range(4)]
+    sample = mixed[0, 0]
+    assert np.array_equal(sample["keypoints"][:1], people[0])
+    other = next(i for i in range(4) if np.array_equal(sample["keypoints"][1:], people[i]))
+    way = images[other] - images[0]
+    share = ((sample["image"] - images[0]) * way).sum() / (way * way).sum()
+    assert len(sample["boxes"]) == len(sample["crowd"]) == 2 and 0.2 < share < 0.8
+    assert np.abs(sample["image"] - images[0] - share * way).max() <= 2
+
+
+def test_an_occluder_hides_what_it_covers_and_nothing_else(tmp_path):
+    coco = dot_images(tmp_path, ".png", count=4)
+    covering = PLAIN._replace(occlude=1.0)
+    plain, covered = (dataset(coco, tmp_path, 256, augment=a) for a in (PLAIN, covering))
+    hidden = 0
+    for epoch in range(8):
+        for i in range(4):
+            before, after = plain[epoch, i], covered[epoch, i]
+            changed = (before["image"] != after["image"]).any(-1)                     # (S, S)
+            assert np.array_equal(before["keypoints"][..., :2], after["keypoints"][..., :2])
+            for (x, y, v), (_, _, now) in zip(before["keypoints"][0], after["keypoints"][0]):
+                under = changed[int(y), int(x)]
+                assert now == (1 if under else v), (v, now)
+                hidden += under and v == 2
+            rows, columns = np.nonzero(changed)
+            box = changed[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+            assert box.mean() > 0.95  # one rectangle
+    assert hidden > 10
+
+
+SQUARE = [[20, 10, 60, 10, 60, 40, 20, 40]]
+
+
+@pytest.mark.parametrize("shape", [
+    SQUARE, {"size": [50, 100], "counts": [0] + [1010] + [30, 20] * 40 + [3970 - 50 * 39 - 20 * 1]},
+    [[20, 10, 40, 10, 40, 40, 20, 40], [40, 10, 60, 10, 60, 40, 40, 40]]], ids=["polygon", "runs", "two"])
+def test_masks_follow_their_people(shape):
+    """A rectangle from 20, 10 to 60, 40 px of a 100 x 50 px image, as polygons or as run lengths,
+    zoomed by 2, mirrored; the mask has half the pixels. A person without a shape is unknown."""
+    if isinstance(shape, dict):  # column by column: 20 columns of nothing, then 10 off, 30 on, ...
+        shape["counts"] = [20 * 50 + 10] + [30, 20] * 39 + [30, 10 + 40 * 50]
+    person = {"bbox": [20, 10, 40, 30], "keypoints": [30, 20, 2] * 3, "num_keypoints": 3,
+              "iscrowd": 0, "image_id": 1}
+    coco = labels([{"id": 1, "file_name": "a.png", "width": 100, "height": 50}],
+                  [{**person, "id": 1, "segmentation": shape},
+                   {**person, "id": 2, "bbox": [80, 0, 10, 10]}])
+    ds = CocoPose(flatten(coco, masks=True), "", read_skeleton(coco), 200, "bottom_right")
+    mask, half = Image.new("L", (100, 100)), np.diag([0.5, 0.5, 1])
+    matrix = data.matrix3(-2, 0, 200, 0, 2, 0)
+    ds.paint_mask(mask, 0, half @ matrix, np.array([0, 0, 100, 50]))
+    want = np.zeros((100, 100), int)
+    want[10:40, 40:80], want[0:10, 10:20] = 1, 2
+    assert (np.asarray(mask) != want).sum() <= 80  # polygons are drawn up to a pixel off
+    sizes = [(np.asarray(mask) == v).sum() for v in (1, 2)]
+    assert sizes == pytest.approx([1200, 100], rel=0.06)
+
+
+def test_masks_reach_the_batch_and_odd_shapes_are_refused(tmp_path):
+    coco = dot_images(tmp_path, ".png", count=2)
+    for ann in coco["annotations"]:
+        x, y, w, h = ann["bbox"]
+        ann["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    images = flatten(coco, masks=True)
+    ds = CocoPose(images, str(tmp_path), read_skeleton(coco, ""), 64, "bottom_right", MOSAIC)
+    _, targets = collate([ds[0, 0], ds[0, 1]])
+    assert targets["mask"].shape == (2, 32, 32) and targets["mask"].float().mean() > 0.3
+    assert "mask" not in collate([dataset(coco, tmp_path)[0, 0]])[1]
+    for bad in ("x", [[1, 2]], {"size": [3, 3], "counts": [9]}, {"counts": [9]}):
+        coco["annotations"][0]["segmentation"] = bad
+        with pytest.raises(ValueError, match="annotation 1: segmentation"):
+            flatten(coco, masks=True)
+    for ann in coco["annotations"]:
+        del ann["segmentation"]
+    with pytest.raises(ValueError, match="no annotation has a segmentation"):
+        flatten(coco, masks=True)
+
+
+def test_another_size_moves_points_with_pixels_and_is_drawn_by_step_alone(tmp_path):
+    coco = dot_images(tmp_path, ".png", count=3)
+    images, targets = collate([dataset(coco, tmp_path, 256)[0, i] for i in range(3)])
+    for size in (160, 352):
+        moved, points = data.resize(images.float(), targets, size)
+        assert moved.shape == (3, 3, size, size)
+        sample = [{"image": m.permute(1, 2, 0).numpy(), "keypoints": k.numpy()}
+                  for m, k in zip(moved, points["keypoints"])]
+        errors = np.array(sum((centroid_errors(s, size / 500) for s in sample), []))
+        assert len(errors) > 4 and np.abs(errors).max() < 0.3
+        assert torch.allclose(points["boxes"], targets["boxes"] * size / 256)
+    sizes = [data.random_size(320, 0.5, 3, step) for step in range(200)]
+    assert set(sizes) == set(range(160, 481, 32))
+    assert sizes == [data.random_size(320, 0.5, 3, step) for step in range(200)]
+    assert data.random_size(320, 0.0, 3, 7) == 320
+
+
+def test_a_set_is_described_and_each_fault_found(tmp_path):
+    names = ["nose", *(f"{side}_{part}" for part in ("shoulder", "hip", "wrist")
+                       for side in ("left", "right"))]
+    annotations = []
+    for i in range(60):  # facing us: left is at the image's right; wrists are crossed at random
+        x = np.array([50, 70, 30, 65, 35, *np.random.default_rng(i).permutation([80, 20])])
+        points = np.column_stack([x, [10, 30, 30, 60, 60, 50, 50], np.full(7, 2)])
+        annotations.append({"id": i, "image_id": i, "bbox": [10, 10, 80, 80], "iscrowd": 0,
+                            "keypoints": points.ravel().tolist(), "num_keypoints": 7})
+        Image.new("RGB", (100, 100)).save(tmp_path / f"{i}.png")
+    images = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in range(60)]
+    coco = labels(images, annotations, names)
+
+    def said():
+        ds = CocoPose(flatten(coco), str(tmp_path), read_skeleton(coco), 200, "center")
+        return "\n".join(data.describe(ds))
+    assert "check" not in said() and "60 labeled, 0 without" in said() and "nose 100%" in said()
+    p = annotations[3]["keypoints"]
+    p[3:6], p[6:9] = p[6:9], p[3:6]
+    annotations[4]["keypoints"][0] = 150
+    annotations[5]["bbox"] = [10, 10, 3, 3]
+    annotations.append({**annotations[6], "id": 99})
+    annotations[7]["keypoints"][2::3] = [0] * 7
+    annotations[8]["iscrowd"] = 1
+    (tmp_path / "9.png").write_bytes(b"no image")
+    text = said()
+    for line in ("59 labeled, 1 without keypoints, 1 crowds; 2 images show nobody labeled",
+                 "1 people smaller than 8 px at 200 px, like 5.png",
+                 "1 boxes that their image has twice, like 6.png",
+                 "1 people with a keypoint outside the image, like 4.png",
+                 "1 people whose left and right may be exchanged, like 3.png",
+                 "1 broken images, like 9.png"):
+        assert line in text, text
+
+
 def test_every_split_of_the_stream_sees_the_same_images_in_the_same_steps():
     def steps(batch, world, accumulate, start=0):
         ranks = [list(itertools.islice(Stream(10, 5, batch, start, rank, world, accumulate),
