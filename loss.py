@@ -26,6 +26,8 @@ from torch import Tensor
 # loss does not have; 0.53 is the usual stand-in.
 BODY_SHARE_OF_BOX = 0.53
 EPS = 1e-9
+TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")  # of the pose; then come
+MASK_TERMS, DISTILL_TERMS = ("mask",), ("kd_cls", "kd_box", "kd_pose")
 
 
 def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Tensor) -> Tensor:
@@ -183,6 +185,16 @@ class LossWeights(NamedTuple):
     dfl: float = 0.01       # box, as a distribution; m and l: 0.5
     pose_cls: float = 1.0   # keypoint labeled or not
     pose_reg: float = 34.0  # keypoint position; m and l: 10
+    mask: float = 1.0       # people's pixels, if the network has a branch for them
+
+
+def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Binary cross-entropy of an image's pixels, their mean, summed over images: ().
+
+    logits (B, h, w); mask (B, h, w) says 0 nobody, 1 somebody, 2 a crowd, which does not count.
+    """
+    wrong = F.binary_cross_entropy_with_logits(logits, (mask == 1).to(logits), reduction="none")
+    return (wrong * (mask != 2)).mean((1, 2)).sum()
 
 
 class PoseLoss:
@@ -241,6 +253,8 @@ class PoseLoss:
         terms = self.person_terms(raw, decoded, anchor, take(gt_boxes, row),
                                   take(gt_keypoints, row), weight, sigmas)
         terms = {"cls": cls, **terms}
+        if raw.mask_logits is not None:
+            terms["mask"] = mask_loss(raw.mask_logits, targets["mask"])
         return ({name: value * getattr(self.weights, name) for name, value in terms.items()},
                 weight.sum())
 
@@ -268,3 +282,29 @@ class PoseLoss:
         pose_reg = some / (some + EPS) - similarity                               # (B, P) 1 - OKS
         terms = {"iou": iou, "dfl": dfl, "pose_cls": pose_cls, "pose_reg": pose_reg}
         return {name: (term * weight).sum() for name, term in terms.items()}
+
+    def distill(self, raw, decoded, teacher_raw, teacher, sigma_scale: float = 1.0,
+                conf: float = 0.3, slots: int = 300) -> dict[str, Tensor]:
+        """How far a network is from its teacher: weighted sums {name: ()}, 0 if they are equal.
+
+        kd_cls   all anchors: the class loss with the teacher's score as the soft target
+        kd_box   Kullback-Leibler divergence of the box distributions, mean over the four sides
+        kd_pose  1 - OKS, the teacher's keypoints as labels that count as it is sure of them
+
+        The last two on the anchors that the teacher is sure of (at least conf), at most `slots` an
+        image, each counting by the teacher's score. raw and teacher_raw are model.RawOutputs after
+        promote(), decoded and teacher model.Decoded of these; the teacher's without gradients.
+        Knowledge distillation: https://arxiv.org/abs/1503.02531; of distributions: 2102.12252.
+        """
+        weight, anchor = teacher.scores.topk(min(slots, teacher.scores.shape[1]), dim=1)   # (B, P)
+        weight = weight * (weight >= conf)
+        log_p, log_q = (take(r.box_logits, anchor).log_softmax(-1) for r in (raw, teacher_raw))
+        divergence = (log_q.exp() * (log_q - log_p)).sum(-1).mean(-1)             # (B, P)
+        boxes, sure = take(teacher.boxes, anchor), take(teacher.kpt_scores, anchor)
+        area = BODY_SHARE_OF_BOX * (boxes[..., 2:] - boxes[..., :2]).prod(-1)     # (B, P) px^2
+        similarity = oks(take(decoded.keypoints, anchor), take(teacher.keypoints, anchor), sure,
+                         area, self.sigmas.to(area) * sigma_scale)                # (B, P)
+        missed = sure.sum(-1) / (sure.sum(-1) + EPS) - similarity                 # (B, P)
+        return {"kd_cls": focal_bce(raw.cls_logits, teacher.scores).sum() * self.weights.cls,
+                "kd_box": (divergence * weight).sum() * self.weights.iou,
+                "kd_pose": (missed * weight).sum() * self.weights.pose_reg}

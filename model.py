@@ -308,11 +308,12 @@ class RawOutput(NamedTuple):
     kpt_logits: Tensor   # (B, A, K)     keypoint labeled or not
     centers: Tensor      # (A, 2)        cell centers, px
     strides: Tensor      # (A, 1)        px
+    mask_logits: Tensor | None = None   # (B, H/2, W/2) somebody's pixel or not, with mask=True
 
     def promote(self) -> "RawOutput":
         """The same in float32 at least: half precision moves keypoints by pixels."""
         dtype = torch.promote_types(self.cls_logits.dtype, torch.float32)
-        return RawOutput(*(t.to(dtype) for t in self))
+        return RawOutput(*(t if t is None else t.to(dtype) for t in self))
 
 
 class Decoded(NamedTuple):
@@ -351,10 +352,11 @@ def decode(raw: RawOutput) -> Decoded:
 class YoloNasPose(nn.Module):
     """Images (B, 3, H, W), RGB in [0, 1], H and W multiples of 32, to a RawOutput.
 
-    size is a row of SIZES. Raises ValueError for an unknown one.
+    size is a row of SIZES. mask adds a branch on the finest level that tells people's pixels from
+    the others. Raises ValueError for an unknown size.
     """
 
-    def __init__(self, size: str, num_keypoints: int = 17):
+    def __init__(self, size: str, num_keypoints: int = 17, mask: bool = False):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size {size!r} unknown; choose one of {', '.join(SIZES)}")
@@ -366,6 +368,9 @@ class YoloNasPose(nn.Module):
         self.heads = nn.ModuleDict({
             f"head{i + 1}": Head(levels[i], *row.heads[i], depth, num_keypoints)
             for i, depth in enumerate((2, 2, 3))})
+        # Last, so that all else starts from the same random weights. A cell tells 4 x 4 pixels.
+        self.mask = nn.Sequential(ConvBNReLU(levels[0], levels[0], 3),
+                                  nn.Conv2d(levels[0], 16, 1)) if mask else None
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = row.bn_momentum
@@ -377,8 +382,9 @@ class YoloNasPose(nn.Module):
         cls, box, pose = (torch.cat([m.flatten(2) for m in kind], dim=2).transpose(1, 2)
                           for kind in zip(*maps))                        # (B, A, c) each
         centers, strides = make_anchors(*images.shape[2:], images.device)
+        mask = F.pixel_shuffle(self.mask(levels[0]), 4)[:, 0] if self.mask else None
         return RawOutput(cls[..., 0], box.reshape(b, -1, 4, BINS), pose.reshape(b, -1, k, 2),
-                         cls[..., 1:], centers, strides)
+                         cls[..., 1:], centers, strides, mask)
 
     @torch.no_grad()
     def fuse(self) -> "YoloNasPose":

@@ -10,7 +10,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from loss import LossWeights, PoseLoss, assign, distribution_focal_loss, oks
+from loss import (DISTILL_TERMS, LossWeights, PoseLoss, assign, distribution_focal_loss, mask_loss,
+                  oks)
 from model import BINS, RawOutput, YoloNasPose, decode, make_anchors
 from reference import LOSS_INPUT, committed, full, image
 
@@ -318,3 +319,62 @@ def test_label_smoothing_moves_the_class_target_towards_a_half():
         terms, _ = PoseLoss(torch.ones(1), label_smoothing=smoothing)(raw, decode(raw), nobody)
         target = smoothing / 2
         assert terms["cls"].item() == pytest.approx(4 * (0.5 - target) ** 2 * math.log(2))
+
+
+def test_mask_loss_is_the_mean_cross_entropy_of_known_pixels_and_images_add_up():
+    logits = torch.tensor([[[0.0, 2.0], [-1.0, 5.0]]])
+    mask = torch.tensor([[[1, 0], [1, 2]]], dtype=torch.uint8)
+    want = (math.log(2) + math.log(1 + math.exp(2)) + math.log(1 + math.exp(1))) / 4
+    assert mask_loss(logits, mask) == pytest.approx(want, rel=1e-6)
+    both = mask_loss(torch.cat([logits, -logits]), torch.cat([mask, mask]))
+    assert both == pytest.approx(float(mask_loss(logits, mask) + mask_loss(-logits, mask)))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    """And one that is a little off learns in every term, and comes nearer by its gradient."""
+    raw, targets = scene()
+    raw = RawOutput(*(t if t is None else t.double() for t in raw))
+    criterion = PoseLoss(SIGMAS)
+    equal = criterion.distill(raw, decode(raw), raw, decode(raw))
+    assert set(equal) == set(DISTILL_TERMS) and all(abs(v) < 1e-7 for v in equal.values())
+    g = torch.Generator().manual_seed(1)
+    leaves = [(t + 0.05 * torch.randn(t.shape, generator=g, dtype=torch.float64)).requires_grad_()
+              for t in raw[:3]]
+    student = raw._replace(cls_logits=leaves[0], box_logits=leaves[1], kpt_offsets=leaves[2])
+    terms = criterion.distill(student, decode(student), raw, decode(raw))
+    assert all(v > 1e-6 for v in terms.values())
+    gradients = torch.autograd.grad(sum(terms.values()), leaves)
+    for leaf, truth, gradient in zip(leaves, raw, gradients):
+        assert ((leaf - truth) * gradient).sum() > 0
+
+
+def test_a_teachers_terms_by_hand():
+    """One anchor of score 0.5, one keypoint of score 0.8 that the student has 2 sigma off."""
+    centers, strides = torch.tensor([[4.0, 4.0]]), torch.tensor([[8.0]])
+
+    def said(score: float, bins: list, offset: float) -> RawOutput:
+        box = torch.full((1, 1, 4, BINS), -1e9)
+        for bin, p in bins:
+            box[..., bin] = math.log(p)
+        logit = torch.logit(torch.tensor([[score]]))
+        return RawOutput(logit, box, torch.tensor([[[[offset, 0.0]]]]),
+                         torch.logit(torch.tensor([[[0.8]]])), centers, strides)
+    teacher, student = said(0.5, [(2, 0.25), (3, 0.75)], 0.5), said(0.2, [(2, 0.5), (3, 0.5)], 1.0)
+    area = 0.53 * (2 * 2.75 * 8) ** 2
+    criterion = PoseLoss(torch.tensor([0.1]), LossWeights(cls=2.0, iou=3.0, pose_reg=5.0))
+    terms = criterion.distill(student, decode(student), teacher, decode(teacher))
+    assert terms["kd_cls"] == pytest.approx(2 * 0.3 ** 2 * -(math.log(0.2) + math.log(0.8)) / 2)
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert terms["kd_box"] == pytest.approx(3 * 0.5 * kl, rel=1e-5)
+    want = 5 * 0.5 * (1 - math.exp(-16 / (8 * 0.01 * area)))
+    assert terms["kd_pose"] == pytest.approx(want, rel=1e-5)
+    unsure = said(0.2, [(2, 0.25), (3, 0.75)], 0.5)
+    terms = criterion.distill(student, decode(student), unsure, decode(unsure))
+    assert terms["kd_box"] == terms["kd_pose"] == 0  # under conf
+
+
+def test_distillation_does_not_wait_for_the_gpu():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        raw, _ = scene()
+        raw = RawOutput(*raw)
+        PoseLoss(SIGMAS).distill(raw, decode(raw), raw, decode(raw))

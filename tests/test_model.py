@@ -171,7 +171,7 @@ def test_box_and_point_by_hand():
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.half, torch.float64])
 def test_decode_works_in_float32_at_least(given):
     raw = hand_made(given)
-    for got, want in zip(decode(raw), decode(RawOutput(*(t.double() for t in raw)))):
+    for got, want in zip(decode(raw), decode(RawOutput(*(t.double() for t in raw[:6])))):
         assert got.dtype == torch.promote_types(given, torch.float32)
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
@@ -269,3 +269,30 @@ def test_another_keypoint_set_rebuilds_the_last_layers_alone(official_n):
                                  for part in ("weight", "bias")]
     assert not report["missing"] and not report["unused"]
     assert len(report["loaded"]) == len(model.state_dict()) - 12
+
+
+def test_a_mask_branch_changes_nothing_else_and_teaches_the_neck():
+    torch.manual_seed(0)
+    plain = YoloNasPose("n")
+    torch.manual_seed(0)
+    masked = YoloNasPose("n", mask=True)
+    one, two = plain.state_dict(), masked.state_dict()
+    assert list(one) == [name for name in two if not name.startswith("mask.")]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    images = torch.rand(2, 3, 64, 96)
+    raw, more = plain(images), masked(images)
+    assert raw.mask_logits is None and more.mask_logits.shape == (2, 32, 48)
+    assert all(torch.equal(a, b) for a, b in zip(raw[:6], more[:6]))
+    more.mask_logits.sum().backward()
+    assert masked.neck.neck2.conv.conv.weight.grad.abs().sum() > 0
+    assert masked.heads.head1.cls_pred.weight.grad is None
+
+
+def test_a_cell_tells_four_by_four_pixels():
+    """Channel 4 i + j of a cell is its pixel in row i, column j."""
+    model = YoloNasPose("n", mask=True).eval()
+    with torch.no_grad():
+        model.mask[1].weight.zero_()
+        model.mask[1].bias.copy_(torch.arange(16.0))
+        mask = model(torch.rand(1, 3, 64, 64)).mask_logits
+    assert torch.equal(mask[0, 4:8, 8:12], torch.arange(16.0).reshape(4, 4))
