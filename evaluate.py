@@ -35,7 +35,7 @@ from draw import contact_sheet, draw_people
 from model import Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
-           "AR", "AR50", "AR75", "AR_medium", "AR_large")
+           "AR", "AR50", "AR75", "AR_medium", "AR_large", "OKS")
 
 
 def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
@@ -83,7 +83,8 @@ def merge_ranks(by_image: dict[int, list[dict]]) -> dict[int, list[dict]]:
 
 def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
                 sigmas: Sequence[float]) -> dict[str, float]:
-    """The ten COCO keypoint numbers over the images in by_image.
+    """The ten COCO keypoint numbers over the images in by_image; and OKS, the mean over labeled
+    people of their best detection's, which tells more than AP where that is still near 0.
 
     by_image    image_id -> results of to_coco. An image without detections must be there with an
                 empty list: left out, it would not be scored, and AP would look better than it is.
@@ -101,7 +102,12 @@ def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    return dict(zip(METRICS, map(float, scorer.stats)))
+    category_id, best = truth.dataset["categories"][0]["id"], []
+    for image_id in sorted(by_image):
+        values = scorer.ious[image_id, category_id]  # (D, people), or [] if either is 0
+        best += [max(values[:, i]) if len(values) else 0.0 for i, person in
+                 enumerate(truth.imgToAnns[image_id]) if not person["ignore"]]
+    return dict(zip(METRICS, [*map(float, scorer.stats), float(np.mean(best or [-1]))]))
 
 
 def detect(decoded: Decoded, targets: dict[str, Tensor], category_id: int, conf: float,
@@ -147,23 +153,33 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
     """Metrics of the model (in eval mode) on the loader's images, and its results by image.
 
     With several processes each brings its share of the images; process 0 scores all of them and
-    tells the others, so that every process takes the same decisions.
+    tells the others, so that every process takes the same decisions. A network with a mask branch
+    also gets mask_IoU, of all pixels that show somebody, where the loader has masks.
     """
     category_id = truth.dataset["categories"][0]["id"]
-    by_image, start = {}, time.time()
+    by_image, start, pixels = {}, time.time(), torch.zeros(2, dtype=torch.float64)
     for images, targets in loader:
-        by_image |= detect(decode(model(to_input(images, model))), targets, category_id, conf, iou)
+        raw = model(to_input(images, model))
+        by_image |= detect(decode(raw), targets, category_id, conf, iou)
+        if raw.mask_logits is not None and "mask" in targets:
+            found, true = raw.mask_logits.cpu() > 0, targets["mask"] == 1         # (B, S/2, S/2)
+            found &= targets["mask"] != 2
+            pixels += torch.stack([(found & true).sum(), (found | true).sum()])
         if progress:
             rate = len(by_image) / (time.time() - start)
             print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
                   flush=True)
     if progress:
         print()
-    by_image = merge_ranks(by_image)
-    if not dist.is_initialized():
-        return keypoint_ap(truth, by_image, sigmas), by_image
-    metrics = [keypoint_ap(truth, by_image, sigmas) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(metrics, src=0)
+    by_image, metrics = merge_ranks(by_image), [None]
+    if dist.is_initialized():
+        dist.all_reduce(pixels)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        metrics = [keypoint_ap(truth, by_image, sigmas)]
+        if pixels[1] > 0:
+            metrics[0]["mask_IoU"] = float(pixels[0] / pixels[1])
+    if dist.is_initialized():
+        dist.broadcast_object_list(metrics, src=0)
     return metrics[0], by_image
 
 
@@ -241,7 +257,7 @@ def load_model(path: str, size: str | None = None) -> tuple[YoloNasPose, dict]:
             raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l")
         file = {"args": {"model": size}}
     k = state["heads.head1.pose_pred.bias"].shape[0] // 2
-    model = YoloNasPose(file["args"]["model"], k)
+    model = YoloNasPose(file["args"]["model"], k, mask="mask.1.bias" in state)
     model.load_state_dict(state)
     return model.eval(), file
 
@@ -265,7 +281,8 @@ def main() -> None:
                              f"{skeleton.names}, the data has {names}; they must be the same")
         size, pad = input_of(file)
         size, pad = args.image_size or size, args.pad or pad
-        annotations = flatten(labels)
+        masks = model.mask is not None and any(a.get("segmentation") for a in labels["annotations"])
+        annotations = flatten(labels, masks=masks)
         check_files(annotations.files, folder)
         dataset = CocoPose(annotations, folder, skeleton, size, pad)
         loader = make_loader(dataset, val_batches(len(dataset), args.batch_size), args.workers,

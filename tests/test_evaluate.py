@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import COCO_NAMES, COCO_SIGMAS, PAD_MODES, CocoPose, collate, flatten, read_skeleton, undo
-from evaluate import keypoint_ap, quiet_coco, select, to_coco, val_batches
+from evaluate import evaluate, keypoint_ap, quiet_coco, select, to_coco, val_batches
+from model import YoloNasPose
 from people import draw_dataset
 
 FOLDER = Path(__file__).parent
@@ -58,8 +59,44 @@ def test_ap_is_that_of_pycocotools_on_the_same_files(tmp_path):
     scorer.evaluate()
     scorer.accumulate()
     scorer.summarize()
+    mean_oks = ours.pop("OKS")
     np.testing.assert_allclose(list(ours.values()), scorer.stats, atol=1e-12)
     np.testing.assert_allclose(list(ours.values()), dump["pycocotools_stats"], atol=1e-6)
+    assert mean_oks == pytest.approx(slow_mean_oks(labels, by_image), abs=1e-12)
+
+
+def slow_mean_oks(labels: dict, by_image: dict) -> float:
+    """For each labeled person the largest OKS of the image's 20 best detections; their mean."""
+    values = []
+    for person in labels["annotations"]:
+        x, y, v = np.reshape(person["keypoints"], (17, 3)).T
+        if person["iscrowd"] or not v.any():
+            continue
+        best = 0.0
+        for found in sorted(by_image[person["image_id"]], key=lambda r: -r["score"])[:20]:
+            fx, fy, _ = np.reshape(found["keypoints"], (17, 3)).T
+            e = ((fx - x) ** 2 + (fy - y) ** 2) / (8 * np.square(COCO_SIGMAS) * person["area"])
+            best = max(best, np.exp(-e)[v > 0].mean())
+        values.append(best)
+    return float(np.mean(values))
+
+
+def test_mask_iou_counts_pixels_of_all_images_and_leaves_out_the_unknown():
+    """A network that says 3 of 4 true pixels and 1 false one: 3 / 5. What is unknown is neither."""
+    truth = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    truth[0, 0], truth[0, 3] = 1, 2
+    said = torch.full((1, 4, 4), -1.0)
+    said[0, 0, :3] = said[0, 1, 0] = said[0, 3, 0] = 1
+    model = YoloNasPose("n").eval()
+    real = model.forward
+    model.forward = lambda images: real(images)._replace(mask_logits=said)
+    batch = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), {
+        "image_id": torch.tensor([0]), "matrix": torch.eye(3)[None, :2].double(), "mask": truth}
+    person = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 9,
+              "iscrowd": 0, "num_keypoints": 17, "keypoints": [5, 5, 2] * 17}
+    labels = {"images": [{"id": 0}], "annotations": [person],
+              "categories": [{"id": 1, "keypoints": COCO_NAMES}]}
+    assert evaluate(model, [batch], quiet_coco(labels), COCO_SIGMAS)[0]["mask_IoU"] == 0.6
 
 
 @pytest.fixture(scope="module")
