@@ -7,15 +7,16 @@ import argparse
 import json
 import math
 import os
+import textwrap
 import time
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")
 LEFT, RIGHT, MIDDLE = (255, 140, 0), (0, 190, 255), (120, 230, 80)  # sides of the person
 BOX, IGNORED = (255, 255, 255), (170, 170, 170)
+CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 def side_color(name: str) -> tuple[int, int, int]:
@@ -64,15 +65,61 @@ def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Imag
     return sheet
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= max(m for m in (1, 2, 5) if m * step * 3 <= high - low or m == 1)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+def line_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: bool = False,
+               width: int = 900, height: int = 380) -> Image.Image:
+    """Curves of points (x, y), each with its name. A y that is not finite breaks its curve."""
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    xs, ys = zip(*(point for points in series.values() for point in points if all(
+        map(math.isfinite, point))))
+    scale_x = math.log2 if log2_x else float
+    x0, x1, y0, y1 = scale_x(min(xs)), scale_x(max(xs)), min(0, *ys), max(ys)
+    x1, y1 = max(x1, x0 + 1e-9), max(y1, y0 + 1e-9)
+    left, top, right, bottom = 80, 40, width - 200, height - 40
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+    pen.text((left, 10), title, "black", font_size=16)
+    for y in ticks(y0, y1):
+        pen.line([place(x0, y), place(x1, y)], (225, 225, 225))
+        pen.text((left - 8, place(x0, y)[1]), f"{y:.4g}", "black", anchor="rm", font_size=12)
+    for x in range(math.ceil(x0), math.floor(x1) + 1) if log2_x else ticks(x0, x1):
+        pen.line([place(x, y0), place(x, y1)], (240, 240, 240))
+        text = f"{2 ** x:.3g}" if log2_x else f"{x:,.6g}"
+        pen.text((place(x, y0)[0], bottom + 8), text, "black", anchor="mt", font_size=12)
+    for i, (name, points) in enumerate(series.items()):
+        color = CURVES[i % len(CURVES)]
+        run = []
+        for x, y in [*points, (math.nan, math.nan)]:
+            if math.isfinite(y):
+                run.append(place(scale_x(x), y))
+            elif run:
+                pen.line(run * (1 + (len(run) == 1)), color, 2)
+                pen.ellipse([run[-1][0] - 3, run[-1][1] - 3, run[-1][0] + 3, run[-1][1] + 3], color)
+                run = []
+        pen.line([right + 15, top + 12 + 22 * i, right + 35, top + 12 + 22 * i], color, 3)
+        pen.text((right + 42, top + 12 + 22 * i), name, "black", anchor="lm", font_size=12)
+    return image
+
+
 class Log:
     """Progress lines and log.jsonl, one line an interval, from rank 0."""
 
     def __init__(self, args: argparse.Namespace, rank: int, total_steps: int, global_batch: int,
-                 images: int):
-        self.path = os.path.join(args.out, "log.jsonl") if rank == 0 else None
+                 images: int, terms: tuple[str, ...]):
+        self.speaks, self.terms = rank == 0, terms
+        self.path = os.path.join(args.out, "log.jsonl") if rank == 0 and not args.dry_run else None
         self.every, self.total_steps = args.log_every, total_steps
         self.global_batch, self.images = global_batch, images
-        self.sums, self.steps = [0.0] * 6, 0  # since the last line
+        self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
         self.taken, self.waited, self.interval = 0, 0.0, time.time()  # by this process alone
 
     def state_dict(self) -> dict:
@@ -91,11 +138,14 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
 
-    def evaluation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Report the ten numbers; -1 means that nobody labeled is of that size."""
-        self.write({"step": step, "epoch": epoch, **metrics})
+    def evaluation(self, step: int, of: str, number: int, metrics: dict[str, float]) -> None:
+        """Report the numbers of `epoch` 3, or of the `average of` 10 epochs.
+
+        -1 means that nobody labeled is of that size.
+        """
+        self.write({"step": step, of: number, **metrics})
         known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
-        print(f"epoch {epoch}  " + "  ".join(known), flush=True)
+        print(f"{of} {number}  " + "  ".join(known), flush=True)
         self.interval = time.time()
 
     def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
@@ -106,10 +156,10 @@ class Log:
 
     def skip(self, step: int, skipped: int, result) -> str:
         """Report a train.Step that changed nothing. Return what was not finite."""
-        bad = [name for name, value in zip(("scores", *TERMS), result.sums)
+        bad = [name for name, value in zip(("scores", *self.terms), result.sums)
                if not math.isfinite(value)] or ["gradient"]
         self.write({"step": step, "skipped": skipped, "not_finite": bad})
-        if self.path:
+        if self.speaks:
             print(f"step {step + 1} skipped: not finite: {', '.join(bad)}; {skipped} so far",
                   flush=True)
         return ", ".join(bad)
@@ -122,11 +172,11 @@ class Log:
         self.sums = [a + b for a, b in zip(self.sums, result.sums)]
         self.steps, self.taken = self.steps + 1, self.taken + 1
         self.waited += result.waited
-        if not self.path or (step % self.every and step not in (5, self.total_steps)):
+        if not self.speaks or (step % self.every and step not in (5, self.total_steps)):
             return
         score_sum, *terms = self.sums
         seconds = time.time() - self.interval
-        terms = {name: term / max(score_sum, 1.0) for name, term in zip(TERMS, terms)}
+        terms = {name: term / max(score_sum, 1.0) for name, term in zip(self.terms, terms)}
         rate = self.taken * self.global_batch / seconds
         values = {"step": step, "epoch": round(step * self.global_batch / self.images, 3),
                   "loss": sum(terms.values()), **terms,
@@ -140,7 +190,7 @@ class Log:
               + f")  lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  "
               f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
               flush=True)
-        self.sums, self.steps, self.waited, self.taken = [0.0] * 6, 0, 0.0, 0
+        self.sums, self.steps, self.waited, self.taken = [0.0] * len(self.sums), 0, 0.0, 0
         self.interval = time.time()
 
 
@@ -154,9 +204,11 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     """
     groups = {}
     for name, origin in source.items():
-        groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
+        if getattr(args, name) is not None:
+            groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
     for origin, values in groups.items():
-        print(f"{origin:13} {', '.join(values)}")
+        print(textwrap.fill(", ".join(values), 100, initial_indent=f"{origin:13} ",
+                            subsequent_indent=14 * " ", break_on_hyphens=False))
     for name, tensors in report.items():
         print(f"weights {name} {len(tensors)}" + (
             f": {', '.join(tensors[:6])}{' ...' * (len(tensors) > 6)}" * (name != "loaded")))

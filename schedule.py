@@ -142,11 +142,32 @@ def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupE
     return LambdaLR(optimizer, [of_group(group) for group in optimizer.param_groups], step - 1)
 
 
+def momentum_at(plan: Plan, warmup: WarmupEnd, step: int, start: float | None,
+                target: float) -> float:
+    """The momentum of `step`: from start, if that is given, to target while warming up."""
+    done = ramp(step, plan._replace(warmup=warmup.end))
+    return target if start is None else start + (target - start) * done
+
+
+def curves(scheduler: LambdaLR, plan: Plan, warmup: WarmupEnd, start: float | None,
+           target: float) -> dict[str, list[tuple[int, float]]]:
+    """About 1000 points (step, value) of every rate that differs, and of the momentum."""
+    steps, found = range(0, plan.total_steps, max(plan.total_steps // 1000, 1)), {}
+    for group, peak, share in zip(scheduler.optimizer.param_groups, scheduler.base_lrs,
+                                  scheduler.lr_lambdas):
+        points = [(step, peak * share(step)) for step in steps]
+        if points not in found.values():
+            found[group["part"] + (" biases" if group["bias"] else "")] = points
+    if len(found) == 1:
+        found = {"all parts": points}
+    found["momentum"] = [(s, momentum_at(plan, warmup, s, start, target)) for s in steps]
+    return found
+
+
 def set_momentum(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int,
                  start: float | None, target: float) -> None:
     """SGD's momentum, or Adam's beta1, for `step`: from start to target while warming up."""
-    done = ramp(step, plan._replace(warmup=warmup.end))
-    now = target if start is None else start + (target - start) * done
+    now = momentum_at(plan, warmup, step, start, target)
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = (now, group["betas"][1])

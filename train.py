@@ -37,21 +37,23 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, CocoPose, DataError, Stream,
-                  check_files, find_split, flatten, make_loader, read_json, read_skeleton)
-from draw import Log, print_plan
-from evaluate import evaluate, quiet_coco, save_people, to_input, val_batches
-from loss import LossWeights, PoseLoss
+from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, CocoPose,
+                  DataError, Skeleton, Stream, check_files, describe, find_split, flatten,
+                  make_loader, random_size, read_json, read_skeleton, resize, stop_workers)
+from draw import Log, contact_sheet, line_chart, print_plan
+from evaluate import evaluate, load_model, quiet_coco, save_people, to_input, val_batches
+from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
 from model import SIZES, YoloNasPose, decode, load_weights, sync_batch_norm
 from people import draw_dataset
-from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, make_scheduler,
+from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, curves, make_scheduler,
                       param_groups, scaled_lr, set_momentum, sigma_scale, warmup_steps)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
 
-# What a flag is when it is not given. lr belongs to lr_batch images a step and is scaled.
+# What makes a recipe. lr belongs to lr_batch images a step and is scaled.
 COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": "auto",
           "warmup_start": 0.0, "warmup_momentum": None, "warmup_bias_lr": None, "momentum": 0.9,
           "final_ratio": 0.05, "weight_decay": 1e-6, "ema_decay": 0.997, "sigma_start": 8.0,
@@ -73,7 +75,6 @@ SGD = {"lr": 0.01, "lr_batch": 64, "momentum": 0.937, "warmup_momentum": 0.8, "w
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
         "augment": "flip", "eval_every": 2, "warmup": "50", "ema_decay": 0.99, "sigma_epochs": 7.5}
 
-
 # What --resume may change. The batch may be cut in another way, its images a step stay.
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "accumulate", "eval_every",
               "log_every", "save_every", "sync_check", "max_skipped")
@@ -89,170 +90,176 @@ def images_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def part_numbers(text: str) -> dict[str, float]:
-    """Flag values like backbone=0.1,neck=0.5."""
-    found = dict(item.split("=") for item in text.split(","))
-    if not found.keys() <= {"backbone", "neck", "heads"}:
+def parts(text: str) -> dict[str, float]:
+    """Flag values like backbone=0.1,neck=0.5 or, for --freeze, backbone:-1,bn: {part: number}."""
+    pairs = dict((item.replace("=", ":") + ":0").split(":")[:2] for item in text.split(","))
+    if not pairs.keys() <= {"backbone", "neck", "heads", "bn"}:
         raise ValueError
-    return {part: float(value) for part, value in found.items()}
+    return {part: float(number) for part, number in pairs.items()}
 
 
-def frozen_ranges(text: str) -> list[tuple[str, int]]:
-    """Flag values like backbone:-1,bn: (part, epochs), 0 for always."""
-    pairs = [(item + ":0").split(":")[:2] for item in text.split(",")]
-    if not {part for part, _ in pairs} <= {"backbone", "neck", "bn"}:
-        raise ValueError
-    return [(part, int(epochs)) for part, epochs in pairs]
+# Group: flag, type or choices (bool is a switch), default (None: none, or the recipe's), meaning.
+FLAGS = {
+    "data": [
+        ("data", str, None, "COCO root: annotations/person_keypoints_SPLIT.json and SPLIT/ or "
+         "images/SPLIT/; default: people drawn by people.py"),
+        ("train-split", str, "train2017", "name of the split to train on"),
+        ("val-split", str, "val2017", "name of the split to evaluate"),
+        ("train-json", str, None, "this file, with --train-images, instead of --data"),
+        ("train-images", str, None, "folder of the images to train on"),
+        ("val-json", str, None, "this file, with --val-images, instead of --data"),
+        ("val-images", str, None, "folder of the images to evaluate"),
+        ("only-people", bool, False, "train on images with a labeled person only"),
+        ("flip-pairs", str, None, "keypoints that a mirror exchanges, like A:B,C:D; default: "
+         "left_* with right_*"),
+        ("sigmas", numbers, None, "spread of each keypoint as a share of sqrt(area), like "
+         ".03,.05; default: the json's, COCO's for COCO's names, else 0.05"),
+        ("image-size", int, None, "side of the padded input, px"),
+        ("train-pad", PAD_MODES, "center", "where the border of the square input goes"),
+        ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation, as the original has them"),
+        ("workers", int, None, "loader processes for each process; default: one less than its "
+         "share of the cores, at most 8"),
+    ],
+    "augmentation": [
+        ("augment", tuple(AUGMENTS), None, "strength; the flags below change one number of it"),
+        ("mosaic", float, None, "probability of a 2 x 2 collage"),
+        ("close-mosaic", int, 0, "no mosaic in so many last epochs"),
+        ("mixup", float, None, "probability of a blend with another sample"),
+        ("flip", float, None, "probability of a mirror image"),
+        ("bgr", float, None, "probability of red and blue exchanged"),
+        ("rotate90", float, None, "probability of quarter turns"),
+        ("scale", float, None, "zoom by 1 - this to 1 + this"),
+        ("occlude", float, None, "probability for each person of something in front of it"),
+        ("multi-scale", float, 0.0, "each step at a size of 1 - this to 1 + this of --image-size"),
+    ],
+    "model": [
+        ("model", tuple(SIZES), "n", "size"),
+        ("weights", str, None, "start from this checkpoint's weights"),
+        ("mask", bool, False, "a branch that tells people's pixels, from the segmentations"),
+        ("teacher", str, None, "distill: learn from this checkpoint's model, too"),
+        ("teacher-model", tuple(SIZES), None, "its size, if it is an official file"),
+        ("distill-weight", float, 1.0, "what the teacher's terms count"),
+    ],
+    "optimization": [
+        ("recipe", ("nanopose", "reference"), "nanopose",
+         "reference: the original's rules for the first steps and for crowds"),
+        ("epochs", int, None, "passes over the training images"),
+        ("max-steps", int, None, "stop after so many steps; the schedule stays that of --epochs"),
+        ("batch-size", images_or_auto, None, "images per process and micro-batch; auto: start with "
+         "the recipe's, begin again with half while memory is short, and --accumulate the rest"),
+        ("accumulate", int, 1, "micro-batches a step"),
+        ("optimizer", ("adamw", "sgd"), "adamw", "kind"),
+        ("momentum", float, None, "of SGD, or Adam's beta1"),
+        ("lr", float, None, "peak learning rate for --lr-batch images a step"),
+        ("lr-batch", int, None, "images a step that --lr is meant for"),
+        ("lr-scale", ("linear", "sqrt", "none"), "linear",
+         "how the rate grows with the images a step"),
+        ("max-lr", float, math.inf, "largest scaled rate"),
+        ("lr-mult", parts, {}, "slower or faster parts, like backbone=0.1,neck=0.5"),
+        ("warmup", str, None, "until the peak: steps, epochs (3e), or auto: 3 epochs of less than "
+         "10,000 images, else 1000 steps, at least 100 log2(images a step) above 256"),
+        ("warmup-shape", ("linear", "power", "cosine"), "linear", "of the rate"),
+        ("warmup-gamma", float, 2.0, "exponent of --warmup-shape power"),
+        ("warmup-start", float, None, "share of the peak at step 0"),
+        ("warmup-momentum", float, None, "momentum at step 0"),
+        ("warmup-bias-lr", float, None, "biases' rate at step 0"),
+        ("warmup-mult", parts, {}, "parts that are slower while warming up, like backbone=0.1"),
+        ("dynamic-warmup", bool, False,
+         "go on warming up while the loss does not fall, to at most 3 times --warmup"),
+        ("schedule", ("cosine", "step", "flat"), "cosine", "of the rate after the warmup"),
+        ("lr-steps", numbers, [], "step: epochs after which the rate drops, like 90,120"),
+        ("lr-factor", float, 0.1, "step: by how much"),
+        ("restarts", int, 0, "how often warmup and schedule begin anew"),
+        ("final-ratio", float, None, "last learning rate / peak"),
+        ("weight-decay", float, None, "not on biases and norms"),
+        ("clip-norm", float, math.inf, "largest gradient norm"),
+        ("dfl-weight", float, None, "of the box distribution term"),
+        ("pose-weight", float, None, "of the keypoint position term"),
+        ("label-smoothing", float, 0.0, "person targets move from 0 and 1 to the middle by half"),
+        ("ema", ("threshold", "exp", "constant"), None, "how the weight average's decay grows"),
+        ("ema-decay", float, None, "largest decay"),
+        ("sigma-start", float, None, "keypoint tolerance at step 0, as a multiple of sigma"),
+        ("sigma-epochs", float, None, "epochs until that tolerance has shrunk to sigma"),
+        ("amp", tuple(AMP_DTYPES), "no", "autocast type"),
+        ("double", bool, False, "float64: slow, to check promises"),
+        ("freeze", parts, {}, "backbone, neck or bn (all norms) learn nothing, norms in them keep "
+         "their statistics: in the first epochs (backbone:5), the last (backbone:-1), or always"),
+        ("no-sync-bn", bool, False, "each process norms by its own images"),
+        ("max-skipped", int, 20, "stop after so many steps in a row whose loss or gradient is not "
+         "finite; such a step changes nothing"),
+        ("deterministic", bool, False, "the same bits in every run on a GPU; slower"),
+    ],
+    "run": [
+        ("out", str, "runs/train", "folder of checkpoints, log.jsonl, pictures"),
+        ("resume", bool, False, "go on from --out with the saved flags; of these only "
+         f"{', '.join(MAY_CHANGE).replace('_', '-')} may be given anew"),
+        ("dry-run", bool, False, "check the data, train 20 steps, print plan and ETA, draw curves "
+         "and the first batch into OUT/dry_run; nothing else"),
+        ("save-every", int, None, "steps between checkpoints within an epoch"),
+        ("save-epochs", numbers, [], "keep the average's weights after these, like 300,500"),
+        ("average-best", int, 0, "at the end, average so many best epochs into average.pt"),
+        ("sync-check", int, None, "steps between comparisons of all weights and buffers of the "
+         "processes; a difference ends the run"),
+        ("eval-every", int, None, "epochs between evaluations"),
+        ("patience", int, None, "stop after so many epochs without a better AP"),
+        ("log-every", int, 50, "steps between lines"),
+        ("seed", int, 0, "of first weights, order and augmentation"),
+    ],
+}
+POSITIVE = ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr", "eval_every",
+            "patience", "log_every", "clip_norm", "max_steps", "save_every", "sync_check",
+            "max_skipped")
+SHARES = ("mosaic", "mixup", "flip", "bgr", "rotate90", "scale", "occlude", "multi_scale",
+          "label_smoothing")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
+    """Read the command line; exit with code 2 and one line of advice if a value cannot work.
+
+    What was not given is None, see fill_recipe; `given` names the rest.
+    """
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    recipe = "; default: the recipe's"
-    g = p.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help="COCO root: annotations/person_keypoints_SPLIT."
-                   "json and SPLIT/ or images/SPLIT/; default: people drawn by people.py")
-    g.add_argument("--train-split", default="train2017", help="default: train2017")
-    g.add_argument("--val-split", default="val2017", help="default: val2017")
-    for split in ("train", "val"):
-        g.add_argument(f"--{split}-json", metavar="FILE", help="instead of --data")
-        g.add_argument(f"--{split}-images", metavar="DIR", help="instead of --data")
-    g.add_argument("--only-people", action="store_true",
-                   help="train on images with a labeled person only")
-    g.add_argument("--flip-pairs", metavar="A:B,C:D",
-                   help="keypoints that a mirror exchanges; default: left_* with right_*")
-    g.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="spread of each keypoint as a "
-                   "share of sqrt(area); default: the json's, COCO's for COCO's names, else 0.05")
-    g.add_argument("--image-size", type=int, help="side of the padded input, px" + recipe)
-    g.add_argument("--train-pad", choices=PAD_MODES, default="center",
-                   help="where the border of the square input goes; default: center")
-    g.add_argument("--val-pad", choices=PAD_MODES, default="bottom_right",
-                   help="the same in evaluation; default: bottom_right, as the original has them")
-    g.add_argument("--augment", choices=list(AUGMENTS), help="strength" + recipe)
-    for name, text in (("mosaic", "a 2 x 2 collage"), ("flip", "a mirror image"),
-                       ("bgr", "red and blue exchanged"), ("rotate90", "quarter turns")):
-        g.add_argument(f"--{name}", type=float, metavar="P",
-                       help=f"probability of {text}; default: --augment's")
-    g.add_argument("--scale", type=float, metavar="GAIN",
-                   help="zoom by 1 - GAIN to 1 + GAIN; default: --augment's")
-    g.add_argument("--close-mosaic", type=int, default=0, metavar="EPOCHS",
-                   help="no mosaic in the last epochs; default: 0")
-    g.add_argument("--workers", type=int, help="loader processes for each process; "
-                   "default: one less than its share of the cores, at most 8")
-
-    g = p.add_argument_group("model")
-    g.add_argument("--model", choices=list(SIZES), default="n", help="size; default: n")
-    g.add_argument("--weights", metavar="FILE", help="start from this checkpoint's weights")
-
-    g = p.add_argument_group("optimization")
-    g.add_argument("--recipe", choices=["nanopose", "reference"], default="nanopose",
-                   help="reference: the original's rules for the first steps and for crowds")
-    g.add_argument("--epochs", type=int, help="passes over the training images" + recipe)
-    g.add_argument("--max-steps", type=int, help="stop after this many optimizer steps; the "
-                   "schedule stays that of --epochs")
-    g.add_argument("--batch-size", type=images_or_auto, metavar="N", help="images per process and "
-                   "micro-batch; auto: the most that fit into a GPU's memory, with --accumulate "
-                   "raised to keep the images a step" + recipe)
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches a step; default: 1")
-    g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
-    g.add_argument("--momentum", type=float, help="of SGD, or Adam's beta1" + recipe)
-    g.add_argument("--lr", type=float, help="peak learning rate for --lr-batch images a step, "
-                   "scaled to the real number" + recipe)
-    g.add_argument("--lr-batch", type=int, help="images a step that --lr is meant for" + recipe)
-    g.add_argument("--lr-scale", choices=["linear", "sqrt", "none"], default="linear",
-                   help="how the rate grows with the images a step; default: linear")
-    g.add_argument("--max-lr", type=float, default=math.inf, help="largest scaled rate")
-    g.add_argument("--lr-mult", type=part_numbers, default={}, metavar="PART=X,...",
-                   help="slower or faster parts, like backbone=0.1,neck=0.5")
-    g.add_argument("--warmup", metavar="N|Ne|auto", help="until the peak: optimizer steps, epochs "
-                   "(3e), or auto: 3 epochs of less than 10,000 images, else 1000 steps, at least "
-                   "100 log2(images a step) above 256" + recipe)
-    g.add_argument("--warmup-shape", choices=["linear", "power", "cosine"], default="linear")
-    g.add_argument("--warmup-gamma", type=float, default=2.0, help="exponent of power; default: 2")
-    g.add_argument("--warmup-start", type=float, help="share of the peak at step 0" + recipe)
-    g.add_argument("--warmup-momentum", type=float, help="momentum at step 0" + recipe)
-    g.add_argument("--warmup-bias-lr", type=float, help="biases' rate at step 0" + recipe)
-    g.add_argument("--warmup-mult", type=part_numbers, default={}, metavar="PART=X,...",
-                   help="parts that are slower while warming up, like backbone=0.1")
-    g.add_argument("--dynamic-warmup", action="store_true", help="go on warming up while the loss "
-                   "does not fall, to at most 3 times --warmup")
-    g.add_argument("--schedule", choices=["cosine", "step", "flat"], default="cosine")
-    g.add_argument("--lr-steps", type=numbers, default=[], metavar="EPOCH,EPOCH,...",
-                   help="step: when the rate drops, like 90,120")
-    g.add_argument("--lr-factor", type=float, default=0.1, help="step: what to; default: 0.1")
-    g.add_argument("--restarts", type=int, default=0, help="how often warmup and cosine begin anew")
-    g.add_argument("--final-ratio", type=float, help="last learning rate / peak" + recipe)
-    g.add_argument("--weight-decay", type=float, help="not on biases and norms" + recipe)
-    g.add_argument("--clip-norm", type=float, default=math.inf,
-                   help="largest gradient norm; default: inf")
-    g.add_argument("--dfl-weight", type=float, help="of the box distribution term" + recipe)
-    g.add_argument("--pose-weight", type=float, help="of the keypoint position term" + recipe)
-    g.add_argument("--label-smoothing", type=float, default=0.0, metavar="E",
-                   help="person targets move from 0 and 1 towards 1/2 by E/2; default: 0")
-    g.add_argument("--ema", choices=["threshold", "exp", "constant"],
-                   help="how the decay of the weight average grows" + recipe)
-    g.add_argument("--ema-decay", type=float, help="largest decay" + recipe)
-    g.add_argument("--sigma-start", type=float, help="keypoint tolerance at step 0, as a multiple "
-                   "of sigma" + recipe)
-    g.add_argument("--sigma-epochs", type=float,
-                   help="epochs until that tolerance has shrunk to sigma" + recipe)
-    g.add_argument("--amp", choices=list(AMP_DTYPES), default="no",
-                   help="autocast type; default: no")
-    g.add_argument("--double", action="store_true", help="float64: slow, to check promises")
-    g.add_argument("--freeze", type=frozen_ranges, default=[], metavar="PART[:EPOCHS],...",
-                   help="backbone, neck, or bn (all norms) learn nothing, norms in them keep their "
-                   "statistics; in the first epochs (backbone:5), last (backbone:-1), or always")
-    g.add_argument("--no-sync-bn", action="store_true", help="each process norms by its own images")
-    g.add_argument("--max-skipped", type=int, default=20, help="stop after so many steps in a row "
-                   "whose loss or gradient is not finite; such a step changes nothing; default: 20")
-    g.add_argument("--deterministic", action="store_true",
-                   help="the same bits in every run on a GPU; slower")
-
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="runs/train", metavar="DIR",
-                   help="checkpoints, log.jsonl, pictures; default: runs/train")
-    g.add_argument("--resume", action="store_true", help="go on from --out with the saved flags; "
-                   f"of these only {', '.join(MAY_CHANGE).replace('_', '-')} may be given anew")
-    g.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints within an epoch")
-    g.add_argument("--sync-check", type=int, metavar="STEPS", help="how often to compare all "
-                   "weights and buffers between the processes; a difference ends the run")
-    g.add_argument("--eval-every", type=int, help="epochs between evaluations" + recipe)
-    g.add_argument("--patience", type=int,
-                   help="stop after so many epochs without a better AP" + recipe)
-    g.add_argument("--log-every", type=int, default=50, help="steps between lines; default: 50")
-    g.add_argument("--seed", type=int, default=0,
-                   help="of first weights, order and augmentation; default: 0")
-
+    for title, rows in FLAGS.items():
+        group = p.add_argument_group(title)
+        for name, kind, default, text in rows:
+            default = "the recipe's" if name.replace("-", "_") in RECIPES["n"] else default
+            text += "" if kind is bool or default in (None, {}, []) else f"; default: {default}"
+            if kind is bool:
+                group.add_argument(f"--{name}", action="store_true", default=None, help=text)
+            elif isinstance(kind, tuple):
+                group.add_argument(f"--{name}", choices=kind, help=text)
+            else:
+                group.add_argument(f"--{name}", type=kind, help=text,
+                                   metavar={str: "TEXT", int: "N", float: "X"}.get(kind, "N,N"))
     args = p.parse_args(argv)
-    if args.workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(max(share - 1, 1), 8)
-    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
-    args.given = sorted(name for name, value in given.items() if value is not None)
-    if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
-        p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
-    for flag in ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "eval_every", "patience",
-                 "log_every", "clip_norm", "max_steps", "save_every", "sync_check", "max_skipped"):
-        value = getattr(args, flag)
-        if value is not None and value != "auto" and not value > 0:
-            p.error(f"--{flag.replace('_', '-')} {value} must be positive")
-    if args.workers < 0:
-        p.error(f"--workers {args.workers} must be 0 or more")
-    for flag in ("mosaic", "flip", "bgr", "rotate90", "scale", "label_smoothing"):
-        if not 0 <= (getattr(args, flag) or 0) <= 1:
-            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} must lie in 0 to 1")
-    for flag in ("train_json", "train_images", "val_json", "val_images"):
-        if not args.data and not getattr(args, flag) and any(
-                getattr(args, f) for f in ("train_json", "train_images", "val_json", "val_images")):
+    args.given = sorted(name for name, value in vars(args).items() if value is not None)
+
+    def check(name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)} {expected}")
+    values = {name: getattr(args, name) for name in args.given}
+    for name in values.keys() & set(POSITIVE):
+        check(name, values[name] == "auto" or values[name] > 0, "must be positive")
+    for name in values.keys() & set(SHARES):
+        check(name, 0 <= values[name] <= 1, "must lie in 0 to 1")
+    size = values.get("image_size", 32)
+    check("image_size", size % 32 == 0 and size > 0, "must be a multiple of 32, the largest stride")
+    check("workers", values.get("workers", 0) >= 0, "must be 0 or more")
+    files = ("train_json", "train_images", "val_json", "val_images")
+    for name in files:
+        if not args.data and values.keys() & set(files) and name not in values:
             p.error(f"without --data all of --train-json, --train-images, --val-json and "
-                    f"--val-images are needed; --{flag.replace('_', '-')} is missing")
+                    f"--val-images are needed; --{name.replace('_', '-')} is missing")
     return args
 
 
 def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]:
-    """Set every flag that was not given from the recipe. Return where each value came from."""
-    rows = [(f"recipe {args.model}", RECIPES[args.model])]
-    if args.model in "ml" and not args.weights:
+    """Set every flag that was not given. Return where each value came from."""
+    defaults = {name.replace("-", "_"): default for rows in FLAGS.values()
+                for name, _, default, _ in rows}
+    size = args.model or defaults["model"]
+    rows = [("default", defaults), (f"recipe {size}", RECIPES[size])]
+    if size in "ml" and not args.weights:
         rows.append(("from scratch, untested", FROM_SCRATCH))
     if not args.data and not args.train_json:
         rows.append(("demo", DEMO))
@@ -260,12 +267,14 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
         rows.append(("sgd", SGD))
     if args.recipe == "reference":
         rows.append(("reference", {"sigma_epochs": 0.0}))
+    if args.workers is None:
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rows.append(("machine", {"workers": min(max(share - 1, 1), 8)}))
     source, args.auto_batch = {}, args.batch_size == "auto"
     args.batch_size = None if args.auto_batch else args.batch_size
-    for name in COMMON | RECIPES[args.model]:
-        if getattr(args, name) is not None:
-            source[name] = given
-        else:
+    for name in defaults:
+        source[name] = given
+        if getattr(args, name, None) is None:
             source[name], row = next((s, r) for s, r in reversed(rows) if name in r)
             setattr(args, name, row[name])
     return source
@@ -316,14 +325,14 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     if not args.data and not args.train_json:
         args.data = "drawn_people"
         from_rank_0(draw_dataset(args.data) if rank == 0 else None)  # the others wait
-    found = []
+    sets = []
     for split, name in (("train", args.train_split), ("val", args.val_split)):
         path, folder = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if not (path and folder):
             default_path, default_folder = find_split(args.data, name)
             path, folder = path or default_path, folder or default_folder
         labels = read_json(path)
-        annotations = flatten(labels, args.only_people and split == "train")
+        annotations = flatten(labels, args.only_people and split == "train", args.mask)
         check_files(annotations.files, folder)
         if split == "train":
             skeleton = read_skeleton(labels, args.flip_pairs, args.sigmas)
@@ -331,15 +340,15 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
             raise ValueError(f"{path} names other keypoints than the training json; use one set")
         if not any(a["num_keypoints"] and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
-        found += [(annotations, folder, skeleton, args.image_size)]
-    changes = {name: getattr(args, name) for name in ("mosaic", "flip", "bgr", "rotate90")
-               if getattr(args, name) is not None}
+        sets.append((annotations, folder, skeleton, args.image_size))
+    changes = {name: getattr(args, name) for name in Augment._fields
+               if name != "scale" and getattr(args, name, None) is not None}
     if args.scale is not None:
         changes |= {"affine": 1.0, "scale": (1 - args.scale, 1 + args.scale)}
     changes["last_mosaic"] = args.epochs - args.close_mosaic
     augment = AUGMENTS[args.augment]._replace(**changes)
-    train_set = CocoPose(*found[0], args.train_pad, augment, args.seed, args.recipe != "reference")
-    return train_set, CocoPose(*found[1], args.val_pad), quiet_coco(labels)
+    train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference")
+    return train_set, CocoPose(*sets[1], args.val_pad), quiet_coco(labels)
 
 
 def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, Tensor]:
@@ -359,7 +368,7 @@ def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, 
 class Step(NamedTuple):
     """What an optimizer step reports: numbers of all processes, but for the last three."""
 
-    sums: list[float]    # assigned-score sum and the five term sums
+    sums: list[float]    # assigned-score sum and the sums of the terms
     norm: float          # of the gradient, before clipping
     finite: bool         # if not, nothing but the place in the stream has changed
     stop: bool           # some process was told to stop
@@ -368,15 +377,16 @@ class Step(NamedTuple):
     mine: list[float]    # `sums` of this process
 
 
-def train_step(model: nn.Module, criterion: PoseLoss, batches: Iterator,
+def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss, batches: Iterator,
                optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               gradients: tuple[Tensor, Tensor], device: torch.device, args: argparse.Namespace,
-               sigma_scale: float, stop: bool = False) -> Step:
-    """One optimizer step over `accumulate` micro-batches on all processes.
+               gradients: tuple[Tensor, Tensor], args: argparse.Namespace, size: int,
+               sigma_scale: float, stop: bool) -> Step:
+    """One optimizer step over `accumulate` micro-batches on all processes, at images of `size` px.
 
-    gradients are flat_gradients(parameters, 7); stop asks all processes to stop after this step.
+    gradients are flat_gradients(parameters, numbers): the numbers take up the assigned-score sum,
+    the terms and `stop`, which asks all processes to stop after this step.
     """
-    (flat, tail), waited, image_ids = gradients, 0.0, []
+    (flat, tail), waited, image_ids, device = gradients, 0.0, [], gradients[0].device
     flat.zero_()
     statistics = list(model.buffers())
     before = [t.clone() for t in statistics]
@@ -385,17 +395,25 @@ def train_step(model: nn.Module, criterion: PoseLoss, batches: Iterator,
         images, targets = next(batches)
         waited += time.time() - start
         image_ids += targets["image_id"].tolist()
-        targets = {name: t.to(device, non_blocking=True) for name, t in targets.items()
-                   if name in ("boxes", "keypoints", "crowd")}
+        targets = {name: targets[name].to(device, non_blocking=True) for name in
+                   ("boxes", "keypoints", "crowd", "mask") if name in targets}
+        images, targets = resize(to_input(images, model), targets, size)
         with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no"):
-            raw = model(to_input(images, model))
+            raw = model(images)
         raw = raw.promote()  # the assigner takes a 6th power, which is 0 in half precision
         terms, score_sum = criterion(raw, decode(raw), targets, sigma_scale)
+        if teacher:
+            with torch.no_grad(), torch.autocast(device.type, AMP_DTYPES[args.amp],
+                                                 enabled=args.amp != "no"):
+                told = teacher(images)
+            told = told.promote()
+            terms |= {name: args.distill_weight * term for name, term in criterion.distill(
+                raw, decode(raw), told, decode(told), sigma_scale).items()}
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
         scaler.scale(sum(terms.values()) / len(images)).backward()
-        tail[:6] += torch.stack([score_sum, *terms.values()]).detach()
-    tail[6] = float(stop)
-    mine = tail[:6].clone()
+        tail[:-1] += torch.stack([score_sum, *terms.values()]).detach()
+    tail[-1] = float(stop)
+    mine = tail[:-1].clone()
     if dist.is_initialized():
         dist.all_reduce(flat)
         for norm in model.modules() if args.no_sync_bn else ():
@@ -519,44 +537,7 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
     return saved
 
 
-def largest_batch(share: int, model: nn.Module, criterion: PoseLoss, args: argparse.Namespace,
-                  device: torch.device) -> int:
-    """The largest divisor of `share` images that every GPU can learn from, 1/10 of it left free.
-
-    On a CPU, which does not say when its memory is full, this is `share`. Raises ValueError.
-    """
-    found = torch.tensor(0)
-    for images in (b for b in range(share, 0, -1) if share % b == 0 and device.type == "cuda"):
-        trial, people = copy.deepcopy(model).train(), {
-            "boxes": torch.tensor([0.0, 0, 32, 32], device=device).repeat(images, 30, 1),
-            "keypoints": torch.ones(images, 30, model.num_keypoints, 3, device=device),
-            "crowd": torch.zeros(images, 30, dtype=torch.bool, device=device)}
-        pixels = torch.zeros(images, 3, args.image_size, args.image_size, dtype=torch.uint8)
-        try:
-            tenth = torch.cuda.mem_get_info(device)[1] // 10
-            spare = torch.empty(tenth, dtype=torch.uint8, device=device)
-            with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no"):
-                raw = trial(to_input(pixels, trial))
-            terms, _ = criterion(raw.promote(), decode(raw), people)
-            sum(terms.values()).backward()
-            found += images
-            break
-        except torch.OutOfMemoryError:
-            continue
-        finally:
-            trial = raw = terms = spare = None
-    if device.type != "cuda":
-        found += share
-    if dist.is_initialized():
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-    if not found:
-        raise ValueError(f"--batch-size auto: not even one image of {args.image_size} px fits into "
-                         f"memory; choose a smaller --image-size or --model")
-    return int(found)
-
-
-def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int, model: nn.Module,
-              criterion: PoseLoss, device: torch.device) -> int:
+def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> int:
     """Set batch_size and accumulate; return the images of a step, which --resume never changes.
 
     A given --batch-size or --accumulate is kept. Otherwise a resumed run takes the largest batch
@@ -564,17 +545,11 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int, mod
     out of memory. Raises ValueError if that does not work out.
     """
     if not saved:
-        if args.auto_batch:
-            share = args.batch_size * args.accumulate
-            args.batch_size = largest_batch(share, model, criterion, args, device)
-            args.accumulate = share // args.batch_size
         return args.batch_size * args.accumulate * world_size
     share, limit = max(saved["global_batch"] // world_size, 1), args.batch_size
     if "batch_size" not in args.given:
-        if "accumulate" in args.given:
-            limit = max(share // args.accumulate, 1)
-        elif world_size != saved["world_size"]:  # norms go on seeing as many images
-            limit = largest_batch(max(share // args.accumulate, 1), model, criterion, args, device)
+        if "accumulate" in args.given or world_size != saved["world_size"]:
+            limit = max(share // args.accumulate, 1)  # norms go on seeing as many images
         noted = torch.tensor(limit)
         if os.path.exists(f"{args.out}/out_of_memory"):
             with open(f"{args.out}/out_of_memory") as f:
@@ -592,19 +567,22 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int, mod
 
 
 def out_of_memory(args: argparse.Namespace) -> None:
-    """Leave a smaller micro-batch for --resume, and end this process.
+    """Leave a smaller micro-batch for --resume, and end this process, or with auto begin it anew.
 
     Not by an exception: other processes wait in a collective, and so would a clean exit.
     """
-    advice = "choose a smaller --image-size or --model"
-    if args.batch_size > 1:
+    half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
+    if half:
         temporary = f"{args.out}/out_of_memory.{os.getpid()}"  # processes come here together
         with open(temporary, "w") as f:
-            f.write(str(args.batch_size // 2))
+            f.write(str(half))
         os.replace(temporary, f"{args.out}/out_of_memory")
-        advice = f"go on with {args.batch_size // 2}, same images a step: --resume --out {args.out}"
+        advice = f"go on with {half}, same images a step: --resume --out {args.out}"
     print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
           f"{advice}", file=sys.stderr, flush=True)
+    if half and args.auto_batch and not dist.is_initialized():  # torchrun --max-restarts does this
+        stop_workers()
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--resume"])
     os._exit(1)
 
 
@@ -620,14 +598,21 @@ def lock(out: str) -> int:
     return handle
 
 
-def make_model(args: argparse.Namespace, num_keypoints: int,
-               device: torch.device) -> tuple[YoloNasPose, dict[str, list[str]]]:
-    """The network on its device, the same on every process, and load_weights' report."""
+def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
+               ) -> tuple[YoloNasPose, YoloNasPose | None, dict[str, list[str]]]:
+    """The network, the same on every process; its teacher; and load_weights' report."""
     torch.manual_seed(args.seed)
-    model = YoloNasPose(args.model, num_keypoints)
+    model, teacher = YoloNasPose(args.model, len(skeleton.names), args.mask), None
     report = load_weights(model, args.weights) if args.weights and not args.resume else {}
-    return model.to(device, torch.float64 if args.double else torch.float32,
-                    memory_format=torch.channels_last), report
+    dtype = torch.float64 if args.double else torch.float32
+    if args.teacher:
+        teacher, file = load_model(args.teacher, args.teacher_model)
+        names = file["skeleton"]["names"] if "skeleton" in file else COCO_NAMES
+        if names != skeleton.names:
+            raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
+                             f"expected those of the data: {', '.join(skeleton.names)}")
+        teacher = teacher.fuse().to(device, dtype, memory_format=torch.channels_last)
+    return model.to(device, dtype, memory_format=torch.channels_last), teacher, report
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module,
@@ -642,13 +627,13 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module,
     return torch.optim.AdamW(groups, betas=(args.momentum, 0.999), fused=True)
 
 
-def freeze(model: nn.Module, ranges: list[tuple[str, int]], epoch: int, epochs: int) -> None:
+def freeze(model: nn.Module, ranges: dict[str, float], epoch: int, epochs: int) -> None:
     """Training mode, but for the parts that are frozen in this epoch, counted from 0.
 
     Their norms stay in eval mode and their parameters get no gradient at all: with one of 0 the
     optimizer would still move them, by decay and momentum.
     """
-    frozen = {part for part, n in ranges
+    frozen = {part for part, n in ranges.items()
               if n == 0 or (epoch < n if n > 0 else epoch >= epochs + n)}
     for name, module in model.named_modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -689,23 +674,83 @@ def catch_signals() -> list[int]:
     return asked
 
 
+def mean_of(files: list[str]) -> dict[str, Tensor]:
+    """The mean of several files' weights and statistics; counters are the last one's."""
+    states = [torch.load(file, map_location="cpu", weights_only=True)["model"] for file in files]
+    return {name: torch.stack([state[name] for state in states]).mean(0)
+            if last.is_floating_point() else last for name, last in states[-1].items()}
+
+
+def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, last: bool,
+                 ema: EMA, loader: DataLoader, truth: COCO, stopper: EarlyStopping, log: Log,
+                 about: dict, rank: int) -> None:
+    """Evaluate the average of the weights, and keep the best; after the last epoch, their mean.
+
+    A best_EPOCH.pt goes when the next evaluation finds it no longer listed in `at.best`: only then
+    does no checkpoint need it.
+    """
+    dataset = loader.dataset
+    metrics, _ = evaluate(ema.model, loader, truth, dataset.skeleton.sigmas)
+    best, at.evaluated = stopper.best, epoch
+    at.stopped = stopper.update(metrics["AP"], epoch)
+    listed = [f"best_{e}.pt" for _, e in at.best]
+    at.best = sorted([*at.best, [metrics["AP"], epoch]], reverse=True)[:args.average_best]
+    if rank == 0:
+        log.evaluation(at.step, "epoch", epoch, metrics)
+        save_people(f"{args.out}/predictions.jpg", dataset,
+                    [(0, i) for i in range(min(16, len(dataset)))], ema.model)
+        content = {**about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]}
+        if stopper.best > best:
+            write_atomically(f"{args.out}/best.pt", content)
+        for name in os.listdir(args.out):
+            if name.startswith("best_") and name not in listed:
+                os.remove(f"{args.out}/{name}")
+        if [metrics["AP"], epoch] in at.best:
+            write_atomically(f"{args.out}/best_{epoch}.pt", content)
+    if at.best and (last or at.stopped):
+        files = [f"{args.out}/best_{e}.pt" for e in sorted(e for _, e in at.best)]
+        model = copy.deepcopy(ema.model)
+        model.load_state_dict(from_rank_0(mean_of(files) if rank == 0 else None))
+        metrics, _ = evaluate(model, loader, truth, dataset.skeleton.sigmas)
+        if rank == 0:
+            log.evaluation(at.step, "average of", len(files), metrics)
+            write_atomically(f"{args.out}/average.pt",
+                             {**content, "model": model.state_dict(), "AP": metrics["AP"]})
+
+
+def dry_run(args: argparse.Namespace, train_set: CocoPose, curves: dict) -> None:
+    """Say what is in the data and draw what the optimizer will be told, for --dry-run.
+
+    curves  what changes by step: {name: [(step, value), ...]}
+    """
+    for line in describe(train_set):
+        print(line)
+    momentum = {"momentum": curves.pop("momentum")}
+    contact_sheet([line_chart(curves, "learning rate by optimizer step"),
+                   line_chart(momentum, "momentum (Adam: beta1) by optimizer step")],
+                  columns=1).save(f"{args.out}/curves.png")
+
+
 def main() -> None:
     args = parse_args()
     try:
         rank, world_size, device = setup_distributed()
-        saved = read_run(args, rank)
+        saved = None if args.dry_run else read_run(args, rank)
         source = fill_recipe(args, "saved" if saved else "flag")
+        if args.dry_run:
+            args.out, args.max_steps, args.log_every = f"{args.out}/dry_run", 20, 20
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
-        model, report = make_model(args, len(skeleton.names), device)
+        model, teacher, report = make_model(args, skeleton, device)
         weights = LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight)
         criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device), weights,
                              reference=args.recipe == "reference",
                              label_smoothing=args.label_smoothing)
-        global_batch = cut_batch(args, saved, world_size, model, criterion, device)
+        terms = TERMS + MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
+        global_batch = cut_batch(args, saved, world_size)
         ends = epoch_ends(args.epochs, images, global_batch)
         total_steps = max(ends)
         args.warmup = warmup_steps(str(args.warmup), images, global_batch)
@@ -717,18 +762,18 @@ def main() -> None:
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
-    drops = [epoch * images / global_batch for epoch in args.lr_steps]
     plan = Plan(total_steps, args.warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
-                args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
-    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
+                args.warmup_gamma, args.schedule, [e * images / global_batch for e in args.lr_steps],
+                args.lr_factor, args.restarts)
+    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 2)
     optimizer = make_optimizer(args, model, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
     warmup, stopper = WarmupEnd(args.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
-    log = Log(args, rank, total_steps, global_batch, images)
+    log = Log(args, rank, total_steps, global_batch, images, terms)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
-    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False)
+    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False, best=[])
     if saved:
         vars(at).update({name: saved[name] for name in vars(at)})
         for name, part in parts.items():
@@ -746,44 +791,44 @@ def main() -> None:
              "global_batch": global_batch, "world_size": world_size, "launch": launch_id()}
 
     def save() -> None:
-        if rank == 0:
+        if rank == 0 and not args.dry_run:
             save_last(args.out, {**about, **vars(at),
                                  **{name: part.state_dict() for name, part in parts.items()}})
 
     if rank == 0 and at.step < stop and not at.stopped:
         print_plan(args, source, report, (images, len(val_set)), (world_size, global_batch),
                    (total_steps, at.step, stop - at.step, widen_steps), peak_lr, str(device))
+        if args.dry_run:
+            dry_run(args, train_set, curves(scheduler, plan, warmup, args.warmup_momentum,
+                                            args.momentum))
     if not saved:
         save()  # from here on --resume works
         if rank == 0:
             save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
     written, asked, parent = at.step, catch_signals(), os.getppid()
     while not at.stopped:
-        epoch = ends.get(at.step, 0)
+        epoch = 0 if args.dry_run else ends.get(at.step, 0)
         due = epoch or at.step == stop or at.step % (args.save_every or stop) == 0
         if due and at.step > written:
             written = at.step
             save()
         if epoch > at.evaluated and (epoch % args.eval_every == 0 or at.step == total_steps):
-            metrics, _ = evaluate(ema.model, val_loader, truth, skeleton.sigmas)
-            best, at.evaluated = stopper.best, epoch
-            at.stopped = stopper.update(metrics["AP"], epoch)
-            if rank == 0:
-                log.evaluation(at.step, epoch, metrics)
-                save_people(f"{args.out}/predictions.jpg", val_set,
-                            [(0, i) for i in range(min(16, len(val_set)))], ema.model)
-                if stopper.best > best:
-                    write_atomically(f"{args.out}/best.pt", {
-                        **about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]})
+            finish_epoch(args, at, epoch, at.step == total_steps, ema, val_loader, truth, stopper,
+                         log, about, rank)
             save()
+        if epoch in args.save_epochs and rank == 0:
+            write_atomically(f"{args.out}/epoch_{epoch}.pt",
+                             {**about, "model": ema.state_dict(), "step": at.step})
         if at.step >= stop or at.stopped:
             break
         freeze(model, args.freeze, at.step * global_batch // images, args.epochs)
         set_momentum(optimizer, plan, warmup, at.step, args.warmup_momentum, args.momentum)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
         try:
-            result = train_step(model, criterion, batches, optimizer, scaler, gradients, device,
-                                args, sigma_scale(at.step, widen_steps, args.sigma_start),
+            result = train_step(model, teacher, criterion, batches, optimizer, scaler, gradients,
+                                args, random_size(args.image_size, args.multi_scale, args.seed,
+                                                  at.step + at.skipped),
+                                sigma_scale(at.step, widen_steps, args.sigma_start),
                                 bool(asked) or orphaned)
         except torch.OutOfMemoryError:
             out_of_memory(args)

@@ -14,8 +14,8 @@ from data import MOSAIC_HEAVY
 from evaluate import load_model, predict
 from model import YoloNasPose, decode
 from people import draw_dataset
-from train import (DEMO, RECIPES, epoch_ends, fill_recipe, flat_gradients, freeze, frozen_ranges,
-                   main, open_data, parse_args)
+from train import (DEMO, RECIPES, epoch_ends, fill_recipe, flat_gradients, freeze, main, mean_of,
+                   open_data, parse_args, parts)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -146,7 +146,9 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "No such file"),
     (["--weights", __file__, "--data", "PEOPLE"], 1, "is no checkpoint"),
     (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
-    (["--lr-mult", "tail=2"], 2, "invalid part_numbers value"),
+    (["--lr-mult", "tail=2"], 2, "invalid parts value: 'tail=2'"),
+    (["--occlude", "2"], 2, "--occlude 2.0 must lie in 0 to 1"),
+    (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "No such file"),
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
@@ -221,7 +223,7 @@ def test_a_frozen_part_keeps_every_bit_and_thaws():
     model = YoloNasPose("n")
     flat, _ = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    ranges, moved = frozen_ranges("backbone:-1,bn:2"), []
+    ranges, moved = parts("backbone:-1,bn:2"), []
     for epoch in range(4):  # of 4: norms are frozen in 0 and 1, the backbone in 3
         freeze(model, ranges, epoch, 4)
         before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -240,3 +242,73 @@ def test_a_frozen_part_keeps_every_bit_and_thaws():
 def test_evaluation_comes_after_the_step_that_completes_an_epoch():
     assert epoch_ends(3, 10, 4) == {3: 1, 5: 2, 8: 3}
     assert epoch_ends(4, 2, 4) == {1: 2, 2: 4}  # two epochs in one step
+
+
+def test_every_flag_has_a_default_and_is_of_its_kind():
+    """The printed plan says the source of every value; a flag that is not given is its default."""
+    args = parse_args(["--data", "x", "--freeze", "bn", "--lr-mult", "backbone=0.1,neck=0.5"])
+    assert args.given == ["data", "freeze", "lr_mult"]
+    source = fill_recipe(args)
+    assert (args.freeze, args.lr_mult) == ({"bn": 0}, {"backbone": 0.1, "neck": 0.5})
+    assert source["freeze"] == "flag" and source["clip_norm"] == "default"
+    assert source["lr"] == "recipe n" and source["workers"] == "machine"
+    assert source.keys() | {"given", "auto_batch"} == vars(args).keys()
+
+
+def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small):
+    done = run("train.py", "--data", small / "people", "--out", small / "dry", "--dry-run",
+               "--image-size", "64", "--batch-size", "4", "--epochs", "30", "--warmup", "3e")
+    assert done.returncode == 0, done.stderr
+    for part in ("labeled       nose 100%", "box sides", "step 20/75", "img/s", "ETA"):
+        assert part in done.stdout
+    assert "  AP " not in done.stdout  # 20 steps complete 8 epochs
+    assert sorted(p.name for p in (small / "dry").rglob("*")) == [
+        "curves.png", "dry_run", "first_batch.jpg", "lock"]
+
+
+def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_path):
+    flags = ("--data", small / "people", "--out", tmp_path, *SMALL, "--average-best", 2,
+             "--save-epochs", 2, "--multi-scale", "0.5", "--patience", "9")
+    assert run("train.py", *flags, "--max-steps", 7).returncode == 0
+    again = run("train.py", "--out", tmp_path, "--resume", "--max-steps", 8)
+    assert again.returncode == 0 and "average of 2  AP" in again.stdout, again.stderr
+    lines = [line for line in log_lines(tmp_path) if "AP" in line]
+    assert [line.get("epoch") for line in lines] == [1, 2, 3, None]
+    ranked = sorted(((line["AP"], line["epoch"]) for line in lines[:3]), reverse=True)
+    kept = sorted(f"best_{epoch}.pt" for _, epoch in ranked[:2])
+    assert {p.name for p in tmp_path.glob("best_*.pt")} >= set(kept)
+    states = [torch.load(tmp_path / name, weights_only=True)["model"] for name in kept]
+    average = torch.load(tmp_path / "average.pt", weights_only=True)
+    for name, mean in average["model"].items():
+        want = (states[0][name] + states[1][name]) / 2 if mean.is_floating_point() else mean
+        assert torch.allclose(mean, want), name
+    assert average["AP"] == lines[3]["AP"]
+    assert torch.load(tmp_path / "epoch_2.pt", weights_only=True)["step"] == 5
+    model, _ = load_model(str(tmp_path / "average.pt"))
+    assert not model.training
+
+
+def test_a_mean_of_files_by_hand(tmp_path):
+    for i, values in enumerate(([1.0, 2.0], [3.0, 6.0])):
+        torch.save({"model": {"w": torch.tensor(values), "n": torch.tensor(5 + i)}},
+                   tmp_path / f"{i}.pt")
+    mean = mean_of([str(tmp_path / "0.pt"), str(tmp_path / "1.pt")])
+    assert mean["w"].tolist() == [2.0, 4.0] and mean["n"] == 6
+
+
+def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_path):
+    """Five more terms in the log; the checkpoint holds a mask branch and no teacher."""
+    done = run("train.py", "--data", small / "people", "--out", tmp_path / "run", *SMALL, "--mask",
+               "--teacher", small / "run" / "best.pt", "--max-steps", 3)
+    assert done.returncode == 0, done.stderr
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert not any("teacher" in name for name in last["model"])
+    lines = log_lines(tmp_path / "run")
+    assert {"mask", "kd_cls", "kd_box", "kd_pose"} < lines[0].keys() and "mask_IoU" in lines[-1]
+    scored = run("evaluate.py", "--data", small / "people", "--weights", tmp_path / "run/last.pt",
+                 "--workers", 0)
+    assert f"mask_IoU   {lines[-1]['mask_IoU']:.4f}" in scored.stdout, scored.stderr
+    other = run("train.py", "--data", small / "people", "--out", tmp_path / "b", *SMALL,
+                "--sigmas", ",".join(["0.1"] * 17), "--teacher", tmp_path / "run/last.pt",
+                "--max-steps", 1)
+    assert other.returncode == 0, other.stderr
