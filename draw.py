@@ -195,12 +195,12 @@ class Log:
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
-               images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, int, int, int],
+               images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
                peak_lr: float, device: str) -> None:
     """Every resolved value and where it came from, and what they turn into on this machine.
 
     images to train on and to evaluate; batch is processes and images a step; steps are those of
-    all epochs, those done, those to do now, and those while the keypoint tolerance narrows.
+    all epochs, done, to do now, of the warmup, and while the keypoint tolerance narrows.
     """
     groups = {}
     for name, origin in source.items():
@@ -218,6 +218,6 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
           f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
           f"peak lr       {peak_lr:.2e} from {args.lr:.2e} for {args.lr_batch} images a step, "
           f"scaling {args.lr_scale}\n"
-          f"warmup        {args.warmup} steps; keypoint tolerance narrows for {steps[3]}\n"
+          f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]}\n"
           f"device        {device}, amp {args.amp}, {args.workers} loader processes\n"
           f"ETA           measured on the first steps, see below", flush=True)

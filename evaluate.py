@@ -102,11 +102,11 @@ def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    category_id, best = truth.dataset["categories"][0]["id"], []
-    for image_id in sorted(by_image):
-        values = scorer.ious[image_id, category_id]  # (D, people), or [] if either is 0
-        best += [max(values[:, i]) if len(values) else 0.0 for i, person in
-                 enumerate(truth.imgToAnns[image_id]) if not person["ignore"]]
+    best = []
+    for key, people in scorer._gts.items():
+        values = scorer.ious.get(key, [])  # (D, people), or [] if either is 0
+        best += [max(values[:, i]) if len(values) else 0.0
+                 for i, person in enumerate(people) if not person["ignore"]]
     return dict(zip(METRICS, [*map(float, scorer.stats), float(np.mean(best or [-1]))]))
 
 

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train.py --data coco --model n  # eight GPUs
     python train.py --out runs/coco --resume                    # go on after a stop
 
-Read in this order: RECIPES, parse_args, main, train_step.
+Read in this order: RECIPES, FLAGS, main, train_step.
 
 Axes    B images of this process and micro-batch   G images of one optimizer step, all processes
 
@@ -21,6 +21,7 @@ import fcntl
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -90,12 +91,20 @@ def images_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def parts(text: str) -> dict[str, float]:
-    """Flag values like backbone=0.1,neck=0.5 or, for --freeze, backbone:-1,bn: {part: number}."""
-    pairs = dict((item.replace("=", ":") + ":0").split(":")[:2] for item in text.split(","))
-    if not pairs.keys() <= {"backbone", "neck", "heads", "bn"}:
+def factors(text: str) -> dict[str, float]:
+    """Flag values like backbone=0.1,neck=0.5."""
+    found = dict(item.split("=") for item in text.split(","))
+    if not found.keys() <= {"backbone", "neck", "heads"} or len(found) < len(text.split(",")):
         raise ValueError
-    return {part: float(number) for part, number in pairs.items()}
+    return {part: float(factor) for part, factor in found.items()}
+
+
+def epochs_of(text: str) -> dict[str, int]:
+    """Flag values like backbone:-1,bn: {part: epochs}, 0 for always."""
+    found = dict((item + ":0").split(":")[:2] for item in text.split(","))
+    if not found.keys() <= {"backbone", "neck", "bn"} or len(found) < len(text.split(",")):
+        raise ValueError
+    return {part: int(epochs) for part, epochs in found.items()}
 
 
 # Group: flag, type or choices (bool is a switch), default (None: none, or the recipe's), meaning.
@@ -105,20 +114,19 @@ FLAGS = {
          "images/SPLIT/; default: people drawn by people.py"),
         ("train-split", str, "train2017", "name of the split to train on"),
         ("val-split", str, "val2017", "name of the split to evaluate"),
-        ("train-json", str, None, "this file, with --train-images, instead of --data"),
-        ("train-images", str, None, "folder of the images to train on"),
-        ("val-json", str, None, "this file, with --val-images, instead of --data"),
-        ("val-images", str, None, "folder of the images to evaluate"),
+        ("train-json", str, None, "with --train-images and the next two, instead of --data"),
+        ("train-images", str, None, "folder"),
+        ("val-json", str, None, "file"),
+        ("val-images", str, None, "folder"),
         ("only-people", bool, False, "train on images with a labeled person only"),
-        ("flip-pairs", str, None, "keypoints that a mirror exchanges, like A:B,C:D; default: "
-         "left_* with right_*"),
-        ("sigmas", numbers, None, "spread of each keypoint as a share of sqrt(area), like "
-         ".03,.05; default: the json's, COCO's for COCO's names, else 0.05"),
+        ("flip-pairs", str, None, "what a mirror exchanges: A:B,C:D; default: left_* with right_*"),
+        ("sigmas", numbers, None, "spread of each keypoint as a share of sqrt(area); default: the "
+         "json's, COCO's for COCO's names, else 0.05"),
         ("image-size", int, None, "side of the padded input, px"),
         ("train-pad", PAD_MODES, "center", "where the border of the square input goes"),
         ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation, as the original has them"),
-        ("workers", int, None, "loader processes for each process; default: one less than its "
-         "share of the cores, at most 8"),
+        ("workers", int, None, "loader processes; default: one less than the process's share of "
+         "the cores, at most 8"),
     ],
     "augmentation": [
         ("augment", tuple(AUGMENTS), None, "strength; the flags below change one number of it"),
@@ -145,17 +153,16 @@ FLAGS = {
          "reference: the original's rules for the first steps and for crowds"),
         ("epochs", int, None, "passes over the training images"),
         ("max-steps", int, None, "stop after so many steps; the schedule stays that of --epochs"),
-        ("batch-size", images_or_auto, None, "images per process and micro-batch; auto: start with "
-         "the recipe's, begin again with half while memory is short, and --accumulate the rest"),
+        ("batch-size", images_or_auto, None, "images per process and micro-batch; auto: the "
+         "recipe's, and while memory is short begin again with half and --accumulate the rest"),
         ("accumulate", int, 1, "micro-batches a step"),
         ("optimizer", ("adamw", "sgd"), "adamw", "kind"),
         ("momentum", float, None, "of SGD, or Adam's beta1"),
         ("lr", float, None, "peak learning rate for --lr-batch images a step"),
         ("lr-batch", int, None, "images a step that --lr is meant for"),
-        ("lr-scale", ("linear", "sqrt", "none"), "linear",
-         "how the rate grows with the images a step"),
+        ("lr-scale", ("linear", "sqrt", "none"), "linear", "how --lr grows with the images a step"),
         ("max-lr", float, math.inf, "largest scaled rate"),
-        ("lr-mult", parts, {}, "slower or faster parts, like backbone=0.1,neck=0.5"),
+        ("lr-mult", factors, {}, "slower or faster parts, like backbone=0.1,neck=0.5"),
         ("warmup", str, None, "until the peak: steps, epochs (3e), or auto: 3 epochs of less than "
          "10,000 images, else 1000 steps, at least 100 log2(images a step) above 256"),
         ("warmup-shape", ("linear", "power", "cosine"), "linear", "of the rate"),
@@ -163,9 +170,8 @@ FLAGS = {
         ("warmup-start", float, None, "share of the peak at step 0"),
         ("warmup-momentum", float, None, "momentum at step 0"),
         ("warmup-bias-lr", float, None, "biases' rate at step 0"),
-        ("warmup-mult", parts, {}, "parts that are slower while warming up, like backbone=0.1"),
-        ("dynamic-warmup", bool, False,
-         "go on warming up while the loss does not fall, to at most 3 times --warmup"),
+        ("warmup-mult", factors, {}, "parts that are slower while warming up, like backbone=0.1"),
+        ("dynamic-warmup", bool, False, "go on while the loss does not fall, to 3 times --warmup"),
         ("schedule", ("cosine", "step", "flat"), "cosine", "of the rate after the warmup"),
         ("lr-steps", numbers, [], "step: epochs after which the rate drops, like 90,120"),
         ("lr-factor", float, 0.1, "step: by how much"),
@@ -175,18 +181,17 @@ FLAGS = {
         ("clip-norm", float, math.inf, "largest gradient norm"),
         ("dfl-weight", float, None, "of the box distribution term"),
         ("pose-weight", float, None, "of the keypoint position term"),
-        ("label-smoothing", float, 0.0, "person targets move from 0 and 1 to the middle by half"),
+        ("label-smoothing", float, 0.0, "moves the person targets 0 and 1 by half of it inwards"),
         ("ema", ("threshold", "exp", "constant"), None, "how the weight average's decay grows"),
         ("ema-decay", float, None, "largest decay"),
         ("sigma-start", float, None, "keypoint tolerance at step 0, as a multiple of sigma"),
         ("sigma-epochs", float, None, "epochs until that tolerance has shrunk to sigma"),
         ("amp", tuple(AMP_DTYPES), "no", "autocast type"),
         ("double", bool, False, "float64: slow, to check promises"),
-        ("freeze", parts, {}, "backbone, neck or bn (all norms) learn nothing, norms in them keep "
-         "their statistics: in the first epochs (backbone:5), the last (backbone:-1), or always"),
+        ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing, norms in them "
+         "keep their statistics: at first (backbone:5), at last (backbone:-1), or always"),
         ("no-sync-bn", bool, False, "each process norms by its own images"),
-        ("max-skipped", int, 20, "stop after so many steps in a row whose loss or gradient is not "
-         "finite; such a step changes nothing"),
+        ("max-skipped", int, 20, "stop after so many steps in a row that are not finite"),
         ("deterministic", bool, False, "the same bits in every run on a GPU; slower"),
     ],
     "run": [
@@ -198,17 +203,21 @@ FLAGS = {
         ("save-every", int, None, "steps between checkpoints within an epoch"),
         ("save-epochs", numbers, [], "keep the average's weights after these, like 300,500"),
         ("average-best", int, 0, "at the end, average so many best epochs into average.pt"),
-        ("sync-check", int, None, "steps between comparisons of all weights and buffers of the "
-         "processes; a difference ends the run"),
+        ("sync-check", int, None, "steps between comparisons of all tensors of all processes"),
         ("eval-every", int, None, "epochs between evaluations"),
         ("patience", int, None, "stop after so many epochs without a better AP"),
         ("log-every", int, 50, "steps between lines"),
         ("seed", int, 0, "of first weights, order and augmentation"),
     ],
 }
+METAVARS = {str: "TEXT", int: "N", float: "X", numbers: "X,X,...", images_or_auto: "N",
+            factors: "PART=X,...", epochs_of: "PART:EPOCHS,..."}
 POSITIVE = ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr", "eval_every",
             "patience", "log_every", "clip_norm", "max_steps", "save_every", "sync_check",
             "max_skipped")
+NOT_NEGATIVE = ("workers", "close_mosaic", "restarts", "average_best", "distill_weight",
+                "lr_factor", "final_ratio", "weight_decay", "dfl_weight", "pose_weight",
+                "sigma_epochs", "seed")
 SHARES = ("mosaic", "mixup", "flip", "bgr", "rotate90", "scale", "occlude", "multi_scale",
           "label_smoothing")
 
@@ -229,8 +238,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             elif isinstance(kind, tuple):
                 group.add_argument(f"--{name}", choices=kind, help=text)
             else:
-                group.add_argument(f"--{name}", type=kind, help=text,
-                                   metavar={str: "TEXT", int: "N", float: "X"}.get(kind, "N,N"))
+                group.add_argument(f"--{name}", type=kind, help=text, metavar=METAVARS[kind])
     args = p.parse_args(argv)
     args.given = sorted(name for name, value in vars(args).items() if value is not None)
 
@@ -240,11 +248,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     values = {name: getattr(args, name) for name in args.given}
     for name in values.keys() & set(POSITIVE):
         check(name, values[name] == "auto" or values[name] > 0, "must be positive")
+    for name in values.keys() & set(NOT_NEGATIVE):
+        check(name, values[name] >= 0, "must be 0 or more")
     for name in values.keys() & set(SHARES):
         check(name, 0 <= values[name] <= 1, "must lie in 0 to 1")
     size = values.get("image_size", 32)
     check("image_size", size % 32 == 0 and size > 0, "must be a multiple of 32, the largest stride")
-    check("workers", values.get("workers", 0) >= 0, "must be 0 or more")
+    check("resume", not (args.resume and args.dry_run), "goes on with a run, --dry-run makes none")
+    for name in values.keys() & {"teacher_model", "distill_weight"}:
+        check(name, args.teacher is not None, "is of no use without --teacher")
     files = ("train_json", "train_images", "val_json", "val_images")
     for name in files:
         if not args.data and values.keys() & set(files) and name not in values:
@@ -270,8 +282,9 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
     if args.workers is None:
         share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rows.append(("machine", {"workers": min(max(share - 1, 1), 8)}))
-    source, args.auto_batch = {}, args.batch_size == "auto"
-    args.batch_size = None if args.auto_batch else args.batch_size
+    source = {}
+    args.auto_batch = args.batch_size == "auto" or getattr(args, "auto_batch", False)
+    args.batch_size = None if args.batch_size == "auto" else args.batch_size
     for name in defaults:
         source[name] = given
         if getattr(args, name, None) is None:
@@ -338,7 +351,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
             skeleton = read_skeleton(labels, args.flip_pairs, args.sigmas)
         elif labels["categories"][0]["keypoints"] != skeleton.names:
             raise ValueError(f"{path} names other keypoints than the training json; use one set")
-        if not any(a["num_keypoints"] and not a["iscrowd"] for a in labels["annotations"]):
+        if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
     changes = {name: getattr(args, name) for name in Augment._fields
@@ -522,10 +535,16 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
     if args.resume and not saved:
         raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
                          f"of a run to go on with, or start anew with --weights of its best.pt")
+    args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
     if not saved:
         return None
-    args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
+    if "best" not in saved:
+        raise ValueError(f"{args.out} was begun by an older version; go on with that one, or start "
+                         f"anew with --weights {args.out}/best.pt in another --out")
     here = {name: getattr(args, name) for name in ("out", "resume", "max_steps", "given")}
+    if "auto" == args.batch_size or saved["args"]["auto_batch"] and "batch_size" not in args.given:
+        here["auto_batch"], args.given = True, [n for n in args.given if n != "accumulate"]
+        here["given"] = args.given
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
         if name in MAY_CHANGE:
@@ -577,12 +596,14 @@ def out_of_memory(args: argparse.Namespace) -> None:
         with open(temporary, "w") as f:
             f.write(str(half))
         os.replace(temporary, f"{args.out}/out_of_memory")
-        advice = f"go on with {half}, same images a step: --resume --out {args.out}"
+        advice = (f"try --batch-size {half}" if args.dry_run else
+                  f"go on with {half}, same images a step: --resume --out {args.out}")
     print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
           f"{advice}", file=sys.stderr, flush=True)
-    if half and args.auto_batch and not dist.is_initialized():  # torchrun --max-restarts does this
+    again = args.auto_batch and "batch_size" not in args.given and not args.dry_run
+    if half and again and not dist.is_initialized():  # torchrun --max-restarts does this
         stop_workers()
-        os.execv(sys.executable, [sys.executable, *sys.argv, "--resume"])
+        os.execv(sys.executable, [*sys.orig_argv, "--resume"])
     os._exit(1)
 
 
@@ -606,9 +627,13 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     report = load_weights(model, args.weights) if args.weights and not args.resume else {}
     dtype = torch.float64 if args.double else torch.float32
     if args.teacher:
-        teacher, file = load_model(args.teacher, args.teacher_model)
+        try:
+            teacher, file = load_model(args.teacher, args.teacher_model)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--teacher: {str(error).splitlines()[0]} Official files need "
+                             f"--teacher-model n, s, m or l") from None
         names = file["skeleton"]["names"] if "skeleton" in file else COCO_NAMES
-        if names != skeleton.names:
+        if names != skeleton.names or len(names) != teacher.num_keypoints:
             raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
                              f"expected those of the data: {', '.join(skeleton.names)}")
         teacher = teacher.fuse().to(device, dtype, memory_format=torch.channels_last)
@@ -627,7 +652,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module,
     return torch.optim.AdamW(groups, betas=(args.momentum, 0.999), fused=True)
 
 
-def freeze(model: nn.Module, ranges: dict[str, float], epoch: int, epochs: int) -> None:
+def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) -> None:
     """Training mode, but for the parts that are frozen in this epoch, counted from 0.
 
     Their norms stay in eval mode and their parameters get no gradient at all: with one of 0 the
@@ -702,8 +727,8 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
         content = {**about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]}
         if stopper.best > best:
             write_atomically(f"{args.out}/best.pt", content)
-        for name in os.listdir(args.out):
-            if name.startswith("best_") and name not in listed:
+        for name in os.listdir(args.out) if args.average_best else ():
+            if re.fullmatch(r"best_\d+\.pt", name) and name not in listed:
                 os.remove(f"{args.out}/{name}")
         if [metrics["AP"], epoch] in at.best:
             write_atomically(f"{args.out}/best_{epoch}.pt", content)
@@ -738,7 +763,8 @@ def main() -> None:
         saved = None if args.dry_run else read_run(args, rank)
         source = fill_recipe(args, "saved" if saved else "flag")
         if args.dry_run:
-            args.out, args.max_steps, args.log_every = f"{args.out}/dry_run", 20, 20
+            args.out, args.log_every = f"{args.out}/dry_run", 20
+            args.max_steps = args.max_steps or 20
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
@@ -753,8 +779,12 @@ def main() -> None:
         global_batch = cut_batch(args, saved, world_size)
         ends = epoch_ends(args.epochs, images, global_batch)
         total_steps = max(ends)
-        args.warmup = warmup_steps(str(args.warmup), images, global_batch)
-        check_warmup(args.warmup, total_steps)
+        if not saved and set(args.save_epochs) - set(ends.values()):
+            raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
+                             f"choose from 1 to {args.epochs}, and larger numbers of a small set")
+        planned = warmup_steps(args.warmup, images, global_batch)
+        check_warmup(planned, total_steps)
+        random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     held = lock(args.out) if rank == 0 else None  # as long as this variable lives
@@ -762,14 +792,14 @@ def main() -> None:
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
-    plan = Plan(total_steps, args.warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
-                args.warmup_gamma, args.schedule, [e * images / global_batch for e in args.lr_steps],
-                args.lr_factor, args.restarts)
+    drops = [epoch * images / global_batch for epoch in args.lr_steps]
+    plan = Plan(total_steps, planned, args.final_ratio, args.warmup_start, args.warmup_shape,
+                args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 2)
     optimizer = make_optimizer(args, model, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
-    warmup, stopper = WarmupEnd(args.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
+    warmup, stopper = WarmupEnd(planned, args.dynamic_warmup), EarlyStopping(args.patience)
     log = Log(args, rank, total_steps, global_batch, images, terms)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
@@ -797,7 +827,8 @@ def main() -> None:
 
     if rank == 0 and at.step < stop and not at.stopped:
         print_plan(args, source, report, (images, len(val_set)), (world_size, global_batch),
-                   (total_steps, at.step, stop - at.step, widen_steps), peak_lr, str(device))
+                   (total_steps, at.step, stop - at.step, planned, widen_steps), peak_lr,
+                   str(device))
         if args.dry_run:
             dry_run(args, train_set, curves(scheduler, plan, warmup, args.warmup_momentum,
                                             args.momentum))
@@ -812,13 +843,13 @@ def main() -> None:
         if due and at.step > written:
             written = at.step
             save()
+        if epoch and epoch in args.save_epochs and rank == 0:
+            write_atomically(f"{args.out}/epoch_{epoch}.pt",
+                             {**about, "model": ema.state_dict(), "step": at.step})
         if epoch > at.evaluated and (epoch % args.eval_every == 0 or at.step == total_steps):
             finish_epoch(args, at, epoch, at.step == total_steps, ema, val_loader, truth, stopper,
                          log, about, rank)
             save()
-        if epoch in args.save_epochs and rank == 0:
-            write_atomically(f"{args.out}/epoch_{epoch}.pt",
-                             {**about, "model": ema.state_dict(), "step": at.step})
         if at.step >= stop or at.stopped:
             break
         freeze(model, args.freeze, at.step * global_batch // images, args.epochs)

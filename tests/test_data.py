@@ -256,6 +256,19 @@ def test_another_size_moves_points_with_pixels_and_is_drawn_by_step_alone(tmp_pa
     assert data.random_size(320, 0.0, 3, 7) == 320
 
 
+def test_masks_of_another_size_lie_where_they_lay():
+    """A disc's middle stays in the middle of its pixels, whatever the ratio."""
+    y, x = np.mgrid[:160, :160] + 0.5
+    mask = torch.from_numpy((np.hypot(x - 90, y - 60) < 30).astype(np.uint8))[None]
+    targets = {"mask": mask, "boxes": torch.zeros(1, 1, 4), "crowd": torch.zeros(1, 1, dtype=bool),
+               "keypoints": torch.zeros(1, 1, 3, 3)}
+    for size in (224, 288, 352, 480):
+        moved = data.resize(torch.zeros(1, 3, 320, 320), targets, size)[1]["mask"][0]
+        y, x = np.nonzero(moved.numpy())
+        middle = (np.array([x.mean(), y.mean()]) + 0.5) * 320 / size
+        assert np.abs(middle - [90, 60]).max() < 0.15
+
+
 def test_a_set_is_described_and_each_fault_found(tmp_path):
     names = ["nose", *(f"{side}_{part}" for part in ("shoulder", "hip", "wrist")
                        for side in ("left", "right"))]

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import COCO_NAMES
+from model import YoloNasPose
 from people import draw_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +88,9 @@ def distance(a: Path, b: Path) -> float:
 
 def same_run(a: Path, b: Path) -> None:
     """Weights, averages, optimizer, best.pt and the log are equal, but for what the clock says."""
-    for name in ("last.pt", "best.pt"):
+    names = [{file.name for file in p.glob("*.pt")} for p in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
         one, two = (tensors(checkpoint(p, name)) for p in (a, b))
         assert one.keys() == two.keys() and len(one) > 800
         assert [k for k in one if not torch.equal(one[k], two[k])] == []
@@ -222,11 +226,11 @@ t.PoseLoss.__call__ = call
 ALWAYS_NAN = "t.to_input = lambda images, model: images.float() * float('nan')"
 OUT_OF_MEMORY = """
 real, calls = t.train_step, [0]
-def train_step(model, criterion, batches, optimizer, scaler, gradients, device, args, *more):
+def train_step(*given):
     calls[0] += 1
-    if calls[0] == 3 and args.batch_size > 1:
+    if calls[0] == 3 and given[7].batch_size > 1:
         raise torch.OutOfMemoryError("pretended")
-    return real(model, criterion, batches, optimizer, scaler, gradients, device, args, *more)
+    return real(*given)
 t.train_step = train_step
 """
 SCRIPTED_AP = """
@@ -247,8 +251,40 @@ t.Log.step, t.EarlyStopping.update, evaluate.keypoint_ap = step, update, keypoin
 """
 
 
+# Whatever a run has to remember, or must draw by step, epoch and index alone.
+STATEFUL = ["--optimizer", "sgd", "--dynamic-warmup", "--restarts", "1", "--ema", "exp", "--mixup",
+            "0.5", "--occlude", "0.5", "--mosaic", "0.5", "--close-mosaic", "1", "--multi-scale",
+            "0.5", "--average-best", "2", "--save-epochs", "3", "--freeze", "backbone:1,bn:-1",
+            "--patience", "3", "--mask", "--distill-weight", "0.5", "--accumulate", "1"]
+
+
+def teacher(folder: Path) -> list:
+    """The flag for a teacher of random weights."""
+    torch.manual_seed(5)
+    torch.save({"format": "nanopose", "args": {"model": "n"}, "skeleton": {"names": COCO_NAMES},
+                "model": YoloNasPose("n").state_dict()}, folder / "teacher.pt")
+    return ["--teacher", folder / "teacher.pt"]
+
+
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
-    kill_and_resume(data, tmp_path, ["--workers", 1], processes=1, kills=1, seed=0)
+    kill_and_resume(data, tmp_path, [*STATEFUL, *teacher(tmp_path), "--workers", 1], processes=1,
+                    kills=1, seed=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes, amp", [(1, "bf16"), (2, "no"), (2, "bf16")])
+def test_what_has_most_to_remember_goes_on_bit_for_bit(data, tmp_path, processes, amp):
+    kill_and_resume(data, tmp_path, [*STATEFUL, *teacher(tmp_path), "--workers", 2, "--amp", amp],
+                    processes, kills=3, seed=processes)
+
+
+@pytest.mark.long
+def test_short_memory_begins_anew_by_itself_with_auto(data, tmp_path):
+    said = train("--data", data, "--out", tmp_path / "run", *FLAGS, "--epochs", 30, "--workers", 1,
+                 "--batch-size", "auto", "--eval-every", 30, "--save-every", 1, patch=OUT_OF_MEMORY)
+    assert "60 images of 64 px do not fit" in said and "30 images of 64 px do not fit" in said
+    assert "15 images x 1 processes x 4 micro-batches = 60" in said
+    assert checkpoint(tmp_path / "run")["step"] == 6
 
 
 @pytest.mark.long

@@ -363,7 +363,7 @@ def test_a_teachers_terms_by_hand():
     area = 0.53 * (2 * 2.75 * 8) ** 2
     criterion = PoseLoss(torch.tensor([0.1]), LossWeights(cls=2.0, iou=3.0, pose_reg=5.0))
     terms = criterion.distill(student, decode(student), teacher, decode(teacher))
-    assert terms["kd_cls"] == pytest.approx(2 * 0.3 ** 2 * -(math.log(0.2) + math.log(0.8)) / 2)
+    assert terms["kd_cls"] == pytest.approx(6 * 0.3 ** 2 * -(math.log(0.2) + math.log(0.8)) / 2)
     kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert terms["kd_box"] == pytest.approx(3 * 0.5 * kl, rel=1e-5)
     want = 5 * 0.5 * (1 - math.exp(-16 / (8 * 0.01 * area)))

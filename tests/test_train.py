@@ -14,8 +14,8 @@ from data import MOSAIC_HEAVY
 from evaluate import load_model, predict
 from model import YoloNasPose, decode
 from people import draw_dataset
-from train import (DEMO, RECIPES, epoch_ends, fill_recipe, flat_gradients, freeze, main, mean_of,
-                   open_data, parse_args, parts)
+from train import (DEMO, RECIPES, epoch_ends, epochs_of, fill_recipe, flat_gradients, freeze, main,
+                   mean_of, open_data, parse_args)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -146,8 +146,13 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "No such file"),
     (["--weights", __file__, "--data", "PEOPLE"], 1, "is no checkpoint"),
     (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
-    (["--lr-mult", "tail=2"], 2, "invalid parts value: 'tail=2'"),
+    (["--lr-mult", "tail=2"], 2, "invalid factors value: 'tail=2'"),
     (["--occlude", "2"], 2, "--occlude 2.0 must lie in 0 to 1"),
+    (["--freeze", "bn:1,bn:-1"], 2, "invalid epochs_of value"),
+    (["--resume", "--dry-run"], 2, "--resume True goes on with a run"),
+    (["--distill-weight", "2"], 2, "is of no use without --teacher"),
+    (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
+    (["--data", "PEOPLE", "--save-epochs", "0"], 1, "no step completes all of these"),
     (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "No such file"),
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
@@ -223,7 +228,7 @@ def test_a_frozen_part_keeps_every_bit_and_thaws():
     model = YoloNasPose("n")
     flat, _ = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    ranges, moved = parts("backbone:-1,bn:2"), []
+    ranges, moved = epochs_of("backbone:-1,bn:2"), []
     for epoch in range(4):  # of 4: norms are frozen in 0 and 1, the backbone in 3
         freeze(model, ranges, epoch, 4)
         before = {n: t.clone() for n, t in model.state_dict().items()}
