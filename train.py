@@ -515,6 +515,20 @@ def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
     return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
 
 
+def make_plan(args: argparse.Namespace, images: int, global_batch: int) -> tuple[dict, Plan]:
+    """epoch_ends, and the plan of the learning rate. Raises ValueError for what cannot be."""
+    ends = epoch_ends(args.epochs, images, global_batch)
+    if not args.resume and set(args.save_epochs) - set(ends.values()):
+        raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
+                         f"choose from 1 to {args.epochs}, and larger numbers of a small set")
+    random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
+    warmup = warmup_steps(args.warmup, images, global_batch)
+    check_warmup(warmup, max(ends))
+    drops = [epoch * images / global_batch for epoch in args.lr_steps]
+    return ends, Plan(max(ends), warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
+                      args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
+
+
 def launch_id() -> str:
     """What stays the same when torchrun starts its processes again, and nowhere else."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -777,14 +791,8 @@ def main() -> None:
                              label_smoothing=args.label_smoothing)
         terms = TERMS + MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
         global_batch = cut_batch(args, saved, world_size)
-        ends = epoch_ends(args.epochs, images, global_batch)
-        total_steps = max(ends)
-        if not saved and set(args.save_epochs) - set(ends.values()):
-            raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
-                             f"choose from 1 to {args.epochs}, and larger numbers of a small set")
-        planned = warmup_steps(args.warmup, images, global_batch)
-        check_warmup(planned, total_steps)
-        random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
+        ends, plan = make_plan(args, images, global_batch)
+        total_steps = plan.total_steps
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     held = lock(args.out) if rank == 0 else None  # as long as this variable lives
@@ -792,14 +800,11 @@ def main() -> None:
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
-    drops = [epoch * images / global_batch for epoch in args.lr_steps]
-    plan = Plan(total_steps, planned, args.final_ratio, args.warmup_start, args.warmup_shape,
-                args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 2)
     optimizer = make_optimizer(args, model, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
-    warmup, stopper = WarmupEnd(planned, args.dynamic_warmup), EarlyStopping(args.patience)
+    warmup, stopper = WarmupEnd(plan.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
     log = Log(args, rank, total_steps, global_batch, images, terms)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
@@ -827,7 +832,7 @@ def main() -> None:
 
     if rank == 0 and at.step < stop and not at.stopped:
         print_plan(args, source, report, (images, len(val_set)), (world_size, global_batch),
-                   (total_steps, at.step, stop - at.step, planned, widen_steps), peak_lr,
+                   (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr,
                    str(device))
         if args.dry_run:
             dry_run(args, train_set, curves(scheduler, plan, warmup, args.warmup_momentum,
@@ -864,10 +869,10 @@ def main() -> None:
         except torch.OutOfMemoryError:
             out_of_memory(args)
         if result.finite:
-            scheduler.step()
             at.step, at.in_a_row = at.step + 1, 0
             ema.update(at.step)
             warmup.update(at.step, sum(result.sums[1:]) / max(result.sums[0], 1.0))
+            scheduler.step()  # after the warmup's end may have moved, as a resumed run has it
             log.step(at.step, result, scheduler.get_last_lr()[0], memory_gb(device))
             if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:
                 sync_check(model, result.mine, rank)
