@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from model import YoloNasPose
-from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, ema_decay, lr_share,
-                      make_scheduler, param_groups, scaled_lr, set_momentum, sigma_scale,
-                      warmup_steps)
+from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, curves, ema_decay, lr_share,
+                      make_scheduler, momentum_at, param_groups, scaled_lr, set_momentum,
+                      sigma_scale, warmup_steps)
 
 
 def test_the_rate_meets_its_ends():
@@ -42,6 +42,36 @@ def test_other_schedules_are_their_closed_forms():
     assert lr_share(99, twice) == lr_share(199, twice) == pytest.approx(0.1)
     assert lr_share(100, twice) == pytest.approx(0.1)  # it warms up from where it stood
     assert lr_share(105, twice) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "step", "flat"])
+@pytest.mark.parametrize("shape", ["linear", "power", "cosine"])
+def test_each_phase_at_its_start_middle_end_and_one_step_on(shape, decay):
+    """Warmup of 40 steps from 0.1, then until step 1039: rates, momentum and bias rates by hand."""
+    plan = Plan(1040, 40, 0.05, 0.1, shape, 3.0, decay, [540], 0.1)
+    middle = {"linear": 0.5, "power": 0.5 ** 3, "cosine": 0.5}[shape]
+
+    def decayed(k):  # k steps after the warmup, of 999
+        return {"cosine": 0.05 + 0.95 * (1 + math.cos(math.pi * min(k / 999, 1))) / 2,
+                "step": 0.1 if k >= 500 else 1.0, "flat": 1.0}[decay]
+    want = {0: 0.1, 20: 0.1 + 0.9 * middle, 40: 1.0, 41: decayed(1), 539: decayed(499),
+            540: decayed(500), 1039: decayed(999), 1040: decayed(1000)}
+    model = nn.Module()
+    model.neck = nn.Linear(2, 2)
+    for step, share in want.items():
+        assert lr_share(step, plan) == pytest.approx(share, rel=1e-9)
+        groups = [{**group, "initial_lr": 0.01} for group in param_groups(model, 0.01, 0.0)]
+        scheduler = make_scheduler(optimizer_of(groups, "sgd"), plan, WarmupEnd(40), step,
+                                   bias_ratio=10.0)
+        biases = 10 - 9 * {0: 0, 20: middle}.get(step, 1) if step < 40 else share
+        for group in scheduler.optimizer.param_groups:
+            value = biases if group["bias"] else share
+            assert group["lr"] == pytest.approx(0.01 * value, rel=1e-9)
+        rise = {0: 0, 20: middle}.get(step, 1)
+        assert momentum_at(plan, WarmupEnd(40), step, 0.8, 0.9) == pytest.approx(0.8 + 0.1 * rise)
+    points = curves(scheduler, plan, WarmupEnd(40), 0.8, 0.9)
+    assert set(points) == {"neck", "neck biases", "momentum"}
+    assert points["neck"][20] == (20, pytest.approx(0.01 * want[20]))
 
 
 def optimizer_of(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:
