@@ -76,6 +76,8 @@ SGD = {"lr": 0.01, "lr_batch": 64, "momentum": 0.937, "warmup_momentum": 0.8, "w
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
         "augment": "flip", "eval_every": 2, "warmup": "50", "ema_decay": 0.99, "sigma_epochs": 7.5}
 
+OUT = "runs/train"
+
 # What --resume may change. The batch may be cut in another way, its images a step stay.
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "accumulate", "eval_every",
               "log_every", "save_every", "sync_check", "max_skipped")
@@ -195,7 +197,7 @@ FLAGS = {
         ("deterministic", bool, False, "the same bits in every run on a GPU; slower"),
     ],
     "run": [
-        ("out", str, "runs/train", "folder of checkpoints, log.jsonl, pictures"),
+        ("out", str, OUT, "folder of checkpoints, log.jsonl, pictures"),
         ("resume", bool, False, "go on from --out with the saved flags; of these only "
          f"{', '.join(MAY_CHANGE).replace('_', '-')} may be given anew"),
         ("dry-run", bool, False, "check the data, train 20 steps, print plan and ETA, draw curves "
@@ -241,6 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 group.add_argument(f"--{name}", type=kind, help=text, metavar=METAVARS[kind])
     args = p.parse_args(argv)
     args.given = sorted(name for name, value in vars(args).items() if value is not None)
+    args.out = args.out or OUT  # a run that goes on has its other values there
 
     def check(name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -286,7 +289,7 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
     args.auto_batch = args.batch_size == "auto" or getattr(args, "auto_batch", False)
     args.batch_size = None if args.batch_size == "auto" else args.batch_size
     for name in defaults:
-        source[name] = given
+        source[name] = given if given == "saved" or name in args.given else "default"
         if getattr(args, name, None) is None:
             source[name], row = next((s, r) for s, r in reversed(rows) if name in r)
             setattr(args, name, row[name])

@@ -22,9 +22,10 @@ SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-eve
          "--warmup", "2", "--workers", "1", "--log-every", "1"]
 
 
-def run(script: str, *flags, launcher: tuple = (sys.executable,)) -> subprocess.CompletedProcess:
+def run(script: str, *flags, launcher: tuple = (sys.executable,),
+        folder: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True,
-                          text=True, timeout=250)
+                          text=True, timeout=250, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,17 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_by_bit(small):
             assert torch.equal(tensor, two["optimizer"]["state"][p][name])
     assert one["stopper"] == two["stopper"]
     assert log_lines(small / "run", timing=False) == log_lines(small / "resumed", timing=False)
+
+
+def test_where_nothing_says_so_a_run_goes_to_runs_train(small, tmp_path):
+    """And without --data it takes, or draws, people beside it."""
+    (tmp_path / "drawn_people").symlink_to(small / "people")
+    done = run("train.py", "--max-steps", 1, "--image-size", 64, "--batch-size", 2, "--warmup", 2,
+               folder=tmp_path)
+    assert done.returncode == 0 and "default       " in done.stdout, done.stderr
+    assert (tmp_path / "runs" / "train" / "last.pt").exists()
+    again = run("train.py", "--resume", "--max-steps", 2, folder=tmp_path)
+    assert again.returncode == 0 and "1 done, 1 now" in again.stdout, again.stderr
 
 
 def test_evaluate_repeats_the_numbers_of_the_run(small):
