@@ -49,12 +49,16 @@ def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Ten
     if pred.shape[-2] != len(sigmas):
         raise ValueError(f"pose has {pred.shape[-2]} keypoints but there are {len(sigmas)} sigmas; "
                          f"both must come from the same data set")
-    total = 0.0
+    labeled = labeled.to(pred.dtype)                                              # (..., K)
+    total = pred.new_zeros(())
     for k in range(len(sigmas)):
         dx = pred[..., k, 0] - target[..., k, 0]                                  # (...) px
         dy = pred[..., k, 1] - target[..., k, 1]                                  # (...) px
         tolerance = 8 * sigmas[k].square() * (area + EPS)                         # (...) px^2
-        total = total + torch.exp(-(dx * dx + dy * dy) / tolerance) * labeled[..., k]
+        exponent = torch.addcmul(dx * dx, dy, dy) * (-1 / tolerance)
+        # Where exp underflows it takes a CPU 15 times as long.
+        total = torch.addcmul(total, exponent.clamp(min=-80).exp(), labeled[..., k])
+    total = F.threshold(total, 1e-33, 0.0)  # and 0 it is: K e^-80 < 1e-33
     return total / (labeled.sum(-1) + EPS)
 
 

@@ -145,7 +145,7 @@ def slow_assign(scores, boxes, poses, centers, gt_boxes, gt_poses, people, sigma
         for k in labeled:
             d2 = sum((poses[i, k] - gt_poses[g, k, :2]) ** 2)
             area = 0.53 * (x2 - x1) * (y2 - y1) + eps
-            similarity += math.exp(-d2 / (2 * (2 * sigmas[k]) ** 2 * area)) / len(labeled)
+            similarity += math.exp(-d2 / (2 * (2 * sigmas[k]) ** 2 * area)) / (len(labeled) + eps)
         quality[g, i] = overlap / (union + eps) * max(similarity, floor)
         x, y = centers[i]
         if people[g] and min(x - x1, y - y1, x2 - x, y2 - y) > eps:
