@@ -67,9 +67,11 @@ def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
 
     torchvision's box_iou takes one image and no eps; a padded person here has no area.
     """
-    low = torch.maximum(people[:, :, None, :2], anchors[:, None, :, :2])          # (B, M, A, 2)
-    high = torch.minimum(people[:, :, None, 2:], anchors[:, None, :, 2:])         # (B, M, A, 2)
-    overlap = (high - low).clamp(min=0).prod(-1)                                  # (B, M, A)
+    x1, y1, x2, y2 = people[:, :, None].unbind(-1)                                # (B, M, 1) each
+    u1, v1, u2, v2 = anchors[:, None].unbind(-1)                                  # (B, 1, A) each
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)          # (B, M, A)
+    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)         # (B, M, A)
+    overlap = width * height
     area = (people[..., 2:] - people[..., :2]).clamp(min=0).prod(-1)              # (B, M)
     anchor_area = (anchors[..., 2:] - anchors[..., :2]).clamp(min=0).prod(-1)     # (B, A)
     return overlap / (area[:, :, None] + anchor_area[:, None] - overlap + EPS)
@@ -77,9 +79,9 @@ def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
 
 def inside(centers: Tensor, boxes: Tensor) -> Tensor:
     """Which anchor centers (A, 2) lie in which boxes (B, M, 4): bool (B, M, A)."""
-    low = centers - boxes[:, :, None, :2]                                         # (B, M, A, 2)
-    high = boxes[:, :, None, 2:] - centers                                        # (B, M, A, 2)
-    return (torch.minimum(low, high) > EPS).all(-1)
+    x, y = centers.unbind(-1)                                                     # (A,) each
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(-1)                                 # (B, M, 1) each
+    return (x - x1 > EPS) & (y - y1 > EPS) & (x2 - x > EPS) & (y2 - y > EPS)
 
 
 @torch.no_grad()
