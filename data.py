@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -49,7 +49,7 @@ COCO_SIGMAS = [.026, .025, .025, .035, .035, .079, .079, .072, .072, .062, .062,
                .087, .089, .089]
 DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
-PAD_COLOR = (127, 127, 127)
+PAD_GRAY = 127
 PAD_MODES = ("center", "bottom_right")
 
 
@@ -427,35 +427,70 @@ def shrink_for(zoom: float) -> int:
     return 2 ** max(math.floor(-math.log2(zoom)), 0)
 
 
-def resample(canvas: Image.Image, image: Image.Image, matrix: np.ndarray, region: np.ndarray,
-             fill: tuple | int = PAD_COLOR,
-             how: Image.Resampling = Image.Resampling.BILINEAR) -> None:
-    """Draw the image through the (3, 3) matrix into region x1, y1, x2, y2 px of the canvas."""
-    left, top, right, bottom = (int(v) for v in np.floor(region + 0.5))
+def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarray,
+         color: np.ndarray | None = None, fill: int = PAD_GRAY, mode: str = "bilinear") -> None:
+    """Draw image (H, W, C) uint8 through the (3, 3) matrix into region x1, y1, x2, y2 px of canvas.
+
+    canvas (C, S, S) uint8 shows `fill` where the image ends. color, a (3, 4) matrix, changes the
+    image alone. Only the pixels that can be seen are touched.
+    """
+    height, width = image.shape[:2]
+    frame = move(np.array([[0, 0], [width, 0], [0, height], [width, height]]), matrix)   # (4, 2)
+    left, top = np.floor(np.maximum(region[:2], frame.min(0)) + 0.5).astype(int)
+    right, bottom = np.floor(np.minimum(region[2:], frame.max(0)) + 0.5).astype(int)
     if right <= left or bottom <= top:
         return
-    # Pillow asks where each output pixel comes from: the inverse, from px of the region.
-    source = np.linalg.inv(matrix) @ matrix3(1, 0, left, 0, 1, top)
-    patch = image.transform((right - left, bottom - top), Image.Transform.AFFINE,
-                            tuple(source[:2].ravel().tolist()), how, fillcolor=fill)
-    canvas.paste(patch, (left, top))
+    inverse = np.linalg.inv(matrix)  # where each pixel of the canvas comes from
+    view = canvas[:, top:bottom, left:right]
+    seen = move(np.array([[left, top], [right, top], [left, bottom], [right, bottom]]), inverse)
+    x0, y0 = np.floor(seen.min(0)).astype(int).clip(1) - 1  # with the neighbors of a bilinear mean
+    x1, y1 = np.minimum(np.ceil(seen.max(0)).astype(int) + 1, (width, height))
+    if color is None and np.array_equal(inverse[:2, :2], np.eye(2)) and not (inverse % 1).any():
+        x0, y0 = move(np.array([left, top]), inverse).astype(int)
+        view.numpy()[:] = image[y0:y0 + bottom - top, x0:x0 + right - left].transpose(2, 0, 1)
+        return
+    linear, outside = np.eye(3), np.full(image.shape[2], fill)
+    if color is not None:  # applied to the result; what becomes `fill` by it lies outside
+        linear, offset = color[:, :3], color[:, 3]
+        outside = np.linalg.solve(linear, fill - offset)
+    patch = np.ascontiguousarray(image[y0:y1, x0:x1].transpose(2, 0, 1))          # (C, h, w)
+    patch = torch.from_numpy(patch).float()
+    patch -= torch.from_numpy(outside)[:, None, None]
+    # grid_sample's places go from -1 to 1, from edge to edge.
+    scale, back = 2 / np.array([x1 - x0, y1 - y0]), inverse[:2] - [[0, 0, x0], [0, 0, y0]]
+    (a, b, c), (d, e, f) = (back * scale[:, None] - [[0, 0, 1], [0, 0, 1]]).tolist()
+    x, y = torch.arange(left, right) + 0.5, torch.arange(top, bottom)[:, None] + 0.5
+    grid = torch.empty(bottom - top, right - left, 2)
+    torch.add(a * x + c, b * y, out=grid[..., 0])
+    torch.add(d * x + f, e * y, out=grid[..., 1])
+    upright = b == d == 0  # then nothing of the outside shows, and edges keep their full strength
+    pixels = F.grid_sample(patch[None], grid[None], mode, "border" if upright else "zeros",
+                           align_corners=False)[0]                                # (C, h, w)
+    if color is not None:
+        flat = torch.from_numpy(linear.astype(np.float32)) @ pixels.view(3, -1)   # (3, h w)
+        pixels = flat.clamp_(-fill, 255 - fill).view(pixels.shape)
+    view.copy_(pixels.add_(fill + 0.5))  # copying to uint8 cuts off
+
+
+def blank(size: int) -> Tensor:
+    """An empty input (3, S, S) uint8, all padding."""
+    return torch.full((3, size, size), PAD_GRAY, dtype=torch.uint8)
 
 
 def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.ndarray]:
     """An RGB image as network input (S, S, 3) uint8, and the (3, 3) matrix that took it there."""
-    matrix = letterbox(*image.size, size, pad)
-    canvas = Image.new("RGB", (size, size), PAD_COLOR)
+    matrix, canvas = letterbox(*image.size, size, pad), blank(size)
     shrink = shrink_for(matrix[0, 0])
     region = move(np.array([[0, 0], image.size]), matrix).reshape(4)
-    resample(canvas, image.reduce(shrink), matrix @ np.diag([shrink, shrink, 1]), region)
-    return np.array(canvas), matrix
+    warp(canvas, np.asarray(image.reduce(shrink)), matrix @ np.diag([shrink, shrink, 1]), region)
+    return canvas.numpy().transpose(1, 2, 0), matrix
 
 
-def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.Image, int]:
-    """The image as RGB, shrunk by a power of two as far as a later `zoom` allows; that power.
+def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndarray, int]:
+    """The image (h, w, 3) uint8, RGB, shrunk by a power of two as far as a later `zoom` allows.
 
-    The later resampling then reduces by less than 2, or it would alias. JPEG files decode reduced.
-    Rotation tags (EXIF) are ignored, as COCO's json ignores them.
+    And that power. The later resampling then reduces by less than 2, or it would alias. JPEG files
+    decode reduced. Rotation tags (EXIF) are ignored, as COCO's json ignores them.
     Raises ValueError if the file's size is not the json's, OSError if it cannot be read.
     """
     image = Image.open(path)
@@ -465,15 +500,17 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[Image.I
     if shrink > 1 and image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
         drafted = 2 ** round(math.log2(max(width, height) / max(image.size)))
-    return image.convert("RGB").reduce(shrink // drafted), shrink
+    image.load()
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return np.asarray(image if drafted == shrink else image.reduce(shrink // drafted)), shrink
 
 
-def occlude(image: Image.Image, mask: Image.Image | None, boxes: np.ndarray,
-            keypoints: np.ndarray, rng: np.random.Generator, p: float) -> None:
+def occlude(image: Tensor, mask: Tensor | None, boxes: np.ndarray, keypoints: np.ndarray,
+            rng: np.random.Generator, p: float) -> None:
     """Cover a part of each person with probability p: a plain rectangle around a keypoint of it.
 
-    image, its mask at half the size, and keypoints (M, K, 3) are changed in place: what is covered
-    of anybody was visible (2) and becomes hidden (1). boxes (M, 4).
+    image (3, S, S), its mask (1, S/2, S/2), and keypoints (M, K, 3) are changed in place: what is
+    covered of anybody was visible (2) and becomes hidden (1). boxes (M, 4).
     """
     for box, person in zip(boxes, keypoints):
         labeled = person[person[:, 2] > 0, :2]
@@ -481,9 +518,11 @@ def occlude(image: Image.Image, mask: Image.Image | None, boxes: np.ndarray,
             reach = rng.uniform(0.05, 0.2, 2) * (box[2:] - box[:2])
             middle = labeled[rng.integers(len(labeled))]
             low, high = (np.floor((middle + side * reach) / 2).astype(int) for side in (-1, 1))
-            image.paste(tuple(rng.integers(256, size=3).tolist()), (*(2 * low), *(2 * high)))
-            if mask:
-                mask.paste(0, (*low, *high))
+            (x1, y1), (x2, y2) = low.clip(0), high.clip(0)
+            image[:, 2 * y1:2 * y2, 2 * x1:2 * x2] = torch.from_numpy(
+                rng.integers(256, size=3))[:, None, None]
+            if mask is not None:
+                mask[:, y1:y2, x1:x2] = 0
             under = ((keypoints[..., :2] >= 2 * low) & (keypoints[..., :2] < 2 * high)).all(-1)
             keypoints[under & (keypoints[..., 2] == 2), 2] = 1
 
@@ -514,16 +553,16 @@ class CocoPose(Dataset):
         image, mask, people, matrix = self.compose(index, epoch, rng)
         if rng.random() < self.augment.mixup:
             more, more_mask, others, _ = self.compose(int(rng.integers(len(self))), epoch, rng)
-            image = Image.blend(image, more, rng.beta(32, 32))
-            mask = mask and ImageChops.lighter(mask, more_mask)
+            image = torch.lerp(image.float(), more.float(), rng.beta(32, 32)).add_(0.5).byte()
+            mask = None if mask is None else torch.maximum(mask, more_mask)
             people = tuple(np.concatenate(pair) for pair in zip(people, others))
         boxes, keypoints, crowd = people
         if self.augment.occlude:
             occlude(image, mask, boxes, keypoints, rng, self.augment.occlude)
-        sample = {"image": np.asarray(image), "boxes": boxes, "keypoints": keypoints,
-                  "crowd": crowd, "image_id": int(self.annotations.ids[index]),
-                  "matrix": matrix[:2]}
-        return sample | ({"mask": np.asarray(mask)} if mask else {})
+        sample = {"image": image.numpy().transpose(1, 2, 0), "boxes": boxes,
+                  "keypoints": keypoints, "crowd": crowd, "matrix": matrix[:2],
+                  "image_id": int(self.annotations.ids[index])}
+        return sample if mask is None else {**sample, "mask": mask[0].numpy()}
 
     def compose(self, index: int, epoch: int, rng: np.random.Generator) -> tuple:
         """Image `index`, perhaps with three others: image, mask or None, people and matrix."""
@@ -534,20 +573,20 @@ class CocoPose(Dataset):
         frames = [random_geometry(width, height, rng, self.augment) for width, height in sizes]
         corners, width, height = collage([(w, h) for _, w, h in frames])
         fit = letterbox(width, height, self.size, self.pad)
-        canvas = Image.new("RGB", (self.size, self.size), PAD_COLOR)
+        canvas, half = blank(self.size), self.size // 2
         masks = len(self.annotations.mask_offsets) > 1
-        mask = Image.new("L", (self.size // 2, self.size // 2)) if masks else None
+        mask = torch.zeros(1, half, half, dtype=torch.uint8) if masks else None
         people = []
         for i, (matrix, w, h), (x, y) in zip(indices, frames, corners):
             region = move(np.array([[x, y], [x + w, y + h]]), fit).reshape(4)  # x1, y1, x2, y2
             matrix = fit @ matrix3(1, 0, x, 0, 1, y) @ matrix
             self.paint(canvas, i, matrix, region, rng)
-            if mask:
+            if masks:
                 self.paint_mask(mask, i, np.diag([0.5, 0.5, 1]) @ matrix, region / 2)
             people.append(self.people(i, matrix, region))
         return canvas, mask, tuple(np.concatenate(part) for part in zip(*people)), matrix
 
-    def paint(self, canvas: Image.Image, index: int, matrix: np.ndarray, region: np.ndarray,
+    def paint(self, canvas: Tensor, index: int, matrix: np.ndarray, region: np.ndarray,
               rng: np.random.Generator) -> None:
         """Resample image `index` through the (3, 3) matrix into region (4,) px of the canvas."""
         path = os.path.join(self.folder, str(self.annotations.files[index]))
@@ -557,14 +596,12 @@ class CocoPose(Dataset):
             image, shrink = open_image(path, width, height, zoom)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
-        # Colors before resampling, so that the padding around the image keeps its own.
-        mean = np.array(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        mean = image[::16, ::16].mean((0, 1))                                     # (3,)
         color = random_color(mean, rng, self.augment)
-        if not np.array_equal(color, np.eye(3, 4)):
-            image = image.convert("RGB", tuple(color.ravel().tolist()))
-        resample(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region)
+        warp(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region,
+             None if np.array_equal(color, np.eye(3, 4)) else color)
 
-    def paint_mask(self, canvas: Image.Image, index: int, matrix: np.ndarray,
+    def paint_mask(self, canvas: Tensor, index: int, matrix: np.ndarray,
                    region: np.ndarray) -> None:
         """The same for the pixels of people. A box that holds others is unknown: a crowd, or
         somebody without a segmentation."""
@@ -576,7 +613,7 @@ class CocoPose(Dataset):
         runs = a.masks[a.mask_offsets[index]:a.mask_offsets[index + 1]].tobytes()
         if runs:
             pixels[coco_mask.decode({"size": [height, width], "counts": runs}) > 0] = 1
-        resample(canvas, Image.fromarray(pixels), matrix, region, 0, Image.Resampling.NEAREST)
+        warp(canvas, pixels[..., None], matrix, region, fill=0, mode="nearest")
 
     def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
         """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut.
@@ -621,8 +658,8 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         targets["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))
     targets["image_id"] = torch.tensor([s["image_id"] for s in samples])
     targets["matrix"] = torch.from_numpy(np.stack([s["matrix"] for s in samples]))
-    images = torch.from_numpy(np.stack([s["image"] for s in samples]))                # (B, S, S, 3)
-    return images.permute(0, 3, 1, 2), targets
+    images = torch.stack([torch.from_numpy(s["image"]).permute(2, 0, 1) for s in samples])
+    return images, targets                                                            # (B, 3, S, S)
 
 
 def random_size(size: int, gain: float, seed: int, step: int) -> int:

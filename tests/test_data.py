@@ -1,6 +1,7 @@
 """Pixels and points move together, a sample depends on its key alone, bad files are refused."""
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 import data
-from data import (MOSAIC, MOSAIC_HEAVY, PAD_COLOR, PAD_MODES, PLAIN, Augment, CocoPose, Stream,
+from data import (MOSAIC, MOSAIC_HEAVY, PAD_GRAY, PAD_MODES, PLAIN, Augment, CocoPose, Stream,
                   collage, collate, flatten, letterbox, make_loader, move, read_json, read_skeleton, undo)
 
 NAMES = ["left_dot", "right_dot", "blue"]
@@ -130,7 +131,7 @@ def test_padding_keeps_its_gray_whatever_the_colors_do(tmp_path):
                  Augment(mosaic=0, affine=0, flip=0, contrast=1, hsv=1))
     image = ds[0, 0]["image"]
     width, height = np.ceil(np.array(flatten(coco).sizes[0]) * 128 / flatten(coco).sizes[0].max())
-    assert (image[int(height):] == PAD_COLOR).all() and (image[:, int(width):] == PAD_COLOR).all()
+    assert (image[int(height):] == PAD_GRAY).all() and (image[:, int(width):] == PAD_GRAY).all()
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path):
@@ -209,14 +210,49 @@ def test_masks_follow_their_people(shape):
                   [{**person, "id": 1, "segmentation": shape},
                    {**person, "id": 2, "bbox": [80, 0, 10, 10]}])
     ds = CocoPose(flatten(coco, masks=True), "", read_skeleton(coco), 200, "bottom_right")
-    mask, half = Image.new("L", (100, 100)), np.diag([0.5, 0.5, 1])
+    mask, half = torch.zeros(1, 100, 100, dtype=torch.uint8), np.diag([0.5, 0.5, 1])
     matrix = data.matrix3(-2, 0, 200, 0, 2, 0)
     ds.paint_mask(mask, 0, half @ matrix, np.array([0, 0, 100, 50]))
     want = np.zeros((100, 100), int)
     want[10:40, 40:80], want[0:10, 10:20] = 1, 2
-    assert (np.asarray(mask) != want).sum() <= 80  # polygons are drawn up to a pixel off
-    sizes = [(np.asarray(mask) == v).sum() for v in (1, 2)]
+    assert (mask[0].numpy() != want).sum() <= 80  # polygons are drawn up to a pixel off
+    sizes = [(mask == v).sum().item() for v in (1, 2)]
     assert sizes == pytest.approx([1200, 100], rel=0.06)
+
+
+def slow_warp(image, matrix, region, size, color):
+    """warp pixel by pixel: a mean of the four nearest centers, gray beyond the edge."""
+    canvas, inverse = np.full((size, size, 3), 127.0), np.linalg.inv(matrix)
+    height, width = image.shape[:2]
+    frame = np.array([matrix @ (x, y, 1) for x in (0, width) for y in (0, height)])[:, :2]
+    low, high = np.maximum(region[:2], frame.min(0)), np.minimum(region[2:], frame.max(0))
+    for i, j in np.ndindex(size, size):
+        x, y, _ = inverse @ (j + 0.5, i + 0.5, 1)
+        if not (low[0] <= j + 0.5 < high[0] and low[1] <= i + 0.5 < high[1]):
+            continue
+        total = 0
+        for u in (math.floor(x - 0.5), math.floor(x + 0.5)):
+            for v in (math.floor(y - 0.5), math.floor(y + 0.5)):
+                if matrix[0, 1] == 0:  # upright: the edge's own pixel goes on
+                    u_in, v_in, there = min(max(u, 0), width - 1), min(max(v, 0), height - 1), True
+                else:
+                    u_in, v_in, there = u, v, 0 <= u < width and 0 <= v < height
+                pixel = color[:, :3] @ image[v_in, u_in] + color[:, 3] if there else 127
+                total = total + (1 - abs(x - u - 0.5)) * (1 - abs(y - v - 0.5)) * pixel
+        canvas[i, j] = np.clip(total, 0, 255)
+    return canvas
+
+
+@pytest.mark.parametrize("color", [None, np.array([[0.9, 0.1, 0, 5], [0, 1.2, 0, -20], [0.1, 0, 1, 0]])])
+@pytest.mark.parametrize("matrix", [
+    data.matrix3(1.3, 0.2, -9, -0.1, 0.9, 12), data.matrix3(0.7, 0, 5.3, 0, 0.7, 2),
+    data.matrix3(1, 0, 7, 0, 1, 3), data.matrix3(-1, 0, 40, 0, 1, -2)])
+def test_pixels_are_those_of_the_slow_version(matrix, color):
+    image = np.random.default_rng(0).integers(256, size=(30, 37, 3), dtype=np.uint8)
+    region, canvas = np.array([3.2, 1.0, 41.0, 33.6]), data.blank(48)
+    data.warp(canvas, image, matrix, region, color)
+    want = slow_warp(image, matrix, region, 48, np.eye(3, 4) if color is None else color)
+    assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= 0.51
 
 
 def test_masks_reach_the_batch_and_odd_shapes_are_refused(tmp_path):
