@@ -25,9 +25,11 @@ Geometry: whatever happens to an image (mirror, rotation, zoom, mosaic, padding)
 matrix, so its pixels are resampled once and its points move by the same numbers.
 """
 import atexit
+import hashlib
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -505,6 +507,52 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndar
     return np.asarray(image if drafted == shrink else image.reduce(shrink // drafted)), shrink
 
 
+class Cache:
+    """Decoded images of a set, in one array that all loader processes fill and share.
+
+    Each is shrunk by the power of two after which it still covers an input of `size` px. In memory
+    ("ram": one array for each training process) or in a file beside the images ("disk"), which
+    other processes and later runs use too; its name changes with the images and the size.
+    Raises ValueError if memory, OSError if the disk is too small.
+    """
+
+    def __init__(self, annotations: Annotations, folder: str, size: int, kind: str):
+        self.shrinks = [shrink_for(size / max(side)) for side in annotations.sizes.tolist()]
+        self.sides = -(-annotations.sizes // np.array(self.shrinks)[:, None])     # (N, 2) px
+        self.offsets = np.cumsum([0, *3 * self.sides.prod(1)])                    # (N + 1,)
+        there = int(self.offsets[-1])  # from here on one byte an image: is it there?
+        total = there + len(self.sides)
+        if kind == "ram":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if total > memory:
+                raise ValueError(f"--cache ram would take {total / 1e9:.0f} GB, this machine has "
+                                 f"{memory / 1e9:.0f}; use --cache disk or none")
+            array = np.frombuffer(mmap.mmap(-1, total), np.uint8)
+        else:
+            files = annotations.files.tolist()
+            times = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
+            name = hashlib.sha256(repr((size, files, times)).encode())
+            path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
+            with open(path, "ab") as f:
+                try:
+                    os.posix_fallocate(f.fileno(), 0, total)
+                except OSError as error:
+                    os.remove(path)
+                    raise OSError(f"--cache disk: {error.strerror}: {path} would take "
+                                  f"{total / 1e9:.1f} GB; use --cache ram or none") from None
+            array = np.memmap(path, np.uint8, "r+")
+        self.pixels, self.there = array[:there], array[there:]
+
+    def read(self, index: int, path: str, width: int, height: int) -> tuple[np.ndarray, int]:
+        """As open_image, for image `index` of the set."""
+        w, h = self.sides[index].tolist()
+        image = self.pixels[self.offsets[index]:self.offsets[index + 1]].reshape(h, w, 3)
+        if not self.there[index]:
+            image[:] = open_image(path, width, height, 1 / self.shrinks[index])[0]
+            self.there[index] = 1  # only now; if two processes do it, they write the same
+        return image, self.shrinks[index]
+
+
 def occlude(image: Tensor, mask: Tensor | None, boxes: np.ndarray, keypoints: np.ndarray,
             rng: np.random.Generator, p: float) -> None:
     """Cover a part of each person with probability p: a plain rectangle around a keypoint of it.
@@ -535,10 +583,11 @@ class CocoPose(Dataset):
     """
 
     def __init__(self, annotations: Annotations, folder: str, skeleton: Skeleton, size: int,
-                 pad: str, augment: Augment = PLAIN, seed: int = 0, keep_ignored: bool = True):
+                 pad: str, augment: Augment = PLAIN, seed: int = 0, keep_ignored: bool = True,
+                 cache: Cache | None = None):
         self.annotations, self.folder, self.skeleton = annotations, folder, skeleton
         self.size, self.pad, self.augment, self.seed = size, pad, augment, seed
-        self.keep_ignored = keep_ignored
+        self.keep_ignored, self.cache = keep_ignored, cache
 
     def __len__(self) -> int:
         return len(self.annotations.ids)
@@ -593,7 +642,13 @@ class CocoPose(Dataset):
         width, height = self.annotations.sizes[index].tolist()
         zoom = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
         try:
-            image, shrink = open_image(path, width, height, zoom)
+            if self.cache:
+                image, shrink = self.cache.read(index, path, width, height)
+                more = shrink_for(zoom * shrink)
+                if more > 1:
+                    image, shrink = np.asarray(Image.fromarray(image).reduce(more)), shrink * more
+            else:
+                image, shrink = open_image(path, width, height, zoom)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
         mean = image[::16, ::16].mean((0, 1))                                     # (3,)
@@ -730,5 +785,7 @@ def stop_workers() -> None:
 
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
     """Batches of collate for an iterable of lists of (epoch, index)."""
+    fork = "fork" if dataset.cache and workers else None  # else each would get a copy of the cache
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+                      multiprocessing_context=fork)

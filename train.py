@@ -40,9 +40,10 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, CocoPose,
-                  DataError, Skeleton, Stream, check_files, describe, find_split, flatten,
-                  make_loader, random_size, read_json, read_skeleton, resize, stop_workers)
+from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
+                  CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
+                  flatten, make_loader, random_size, read_json, read_skeleton, resize,
+                  stop_workers)
 from draw import Log, contact_sheet, line_chart, print_plan
 from evaluate import evaluate, load_model, quiet_coco, save_people, to_input, val_batches
 from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
@@ -127,6 +128,8 @@ FLAGS = {
         ("image-size", int, None, "side of the padded input, px"),
         ("train-pad", PAD_MODES, "center", "where the border of the square input goes"),
         ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation, as the original has them"),
+        ("cache", ("none", "ram", "disk"), "none", "keep decoded images, shrunk as far as "
+         "--image-size allows: in memory, once a process, or in a file beside them"),
         ("workers", int, None, "loader processes; default: one less than the process's share of "
          "the cores, at most 8"),
     ],
@@ -189,6 +192,7 @@ FLAGS = {
         ("sigma-start", float, None, "keypoint tolerance at step 0, as a multiple of sigma"),
         ("sigma-epochs", float, None, "epochs until that tolerance has shrunk to sigma"),
         ("amp", tuple(AMP_DTYPES), "no", "autocast type"),
+        ("compile", bool, False, "torch.compile the network: minutes at the start, then faster"),
         ("double", bool, False, "float64: slow, to check promises"),
         ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing, norms in them "
          "keep their statistics: at first (backbone:5), at last (backbone:-1), or always"),
@@ -363,8 +367,11 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         changes |= {"affine": 1.0, "scale": (1 - args.scale, 1 + args.scale)}
     changes["last_mosaic"] = args.epochs - args.close_mosaic
     augment = AUGMENTS[args.augment]._replace(**changes)
-    train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference")
-    return train_set, CocoPose(*sets[1], args.val_pad), quiet_coco(labels)
+    caches = [None if args.cache == "none" else Cache(a, folder, args.image_size, args.cache)
+              for a, folder, *_ in sets]
+    train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference",
+                         caches[0])
+    return train_set, CocoPose(*sets[1], args.val_pad, cache=caches[1]), quiet_coco(labels)
 
 
 def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, Tensor]:
@@ -807,6 +814,8 @@ def main() -> None:
     optimizer = make_optimizer(args, model, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
+    if args.compile:  # after the average took its copy
+        model.compile(fullgraph=True)
     warmup, stopper = WarmupEnd(plan.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
     log = Log(args, rank, total_steps, global_batch, images, terms)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,

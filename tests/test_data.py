@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -218,6 +219,38 @@ def test_masks_follow_their_people(shape):
     assert (mask[0].numpy() != want).sum() <= 80  # polygons are drawn up to a pixel off
     sizes = [(mask == v).sum().item() for v in (1, 2)]
     assert sizes == pytest.approx([1200, 100], rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cache_changes_nothing_and_is_shared(kind, tmp_path):
+    """The same samples from files, while it fills, and from it; two processes fill one array."""
+    (tmp_path / "images").mkdir()
+    coco = dot_images(tmp_path / "images", ".jpg", count=4)
+    annotations, folder = flatten(coco), str(tmp_path / "images")
+    side = int(annotations.sizes.max())
+    plain = CocoPose(annotations, folder, read_skeleton(coco, ""), side, "center",
+                     MOSAIC_HEAVY._replace(mosaic=0.0))
+    cache = data.Cache(annotations, folder, side, kind)
+    cached = CocoPose(annotations, folder, read_skeleton(coco, ""), side, "center", plain.augment,
+                      cache=cache)
+    loader = data.make_loader(cached, [[(0, 0), (0, 1)], [(0, 2), (0, 3)]], 2, torch.device("cpu"))
+    assert not cache.there.any()
+    filling = torch.cat([images for images, _ in loader])
+    assert cache.there.all()
+    read = torch.cat([images for images, _ in loader])
+    direct = torch.stack([torch.tensor(plain[0, i]["image"]).permute(2, 0, 1) for i in range(4)])
+    assert (filling == read).all() and (filling == direct).all()
+
+    again = data.Cache(annotations, folder, side, kind)
+    assert again.there.all() == (kind == "disk")
+    half = data.Cache(annotations, folder, side // 2, kind)
+    assert max(half.shrinks) == 2 and not half.there.any()
+    os.utime(tmp_path / "images" / str(annotations.files[0]), (1, 1))  # edited
+    assert not data.Cache(annotations, folder, side, kind).there.any()
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises((ValueError, OSError), match=f"--cache {kind}.* GB"):
+        data.Cache(annotations._replace(sizes=annotations.sizes * 100_000), folder, 10 ** 8, kind)
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def slow_warp(image, matrix, region, size, color):
