@@ -451,13 +451,12 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
         x0, y0 = move(np.array([left, top]), inverse).astype(int)
         view.numpy()[:] = image[y0:y0 + bottom - top, x0:x0 + right - left].transpose(2, 0, 1)
         return
-    linear, outside = np.eye(3), np.full(image.shape[2], fill)
-    if color is not None:  # applied to the result; what becomes `fill` by it lies outside
-        linear, offset = color[:, :3], color[:, 3]
-        outside = np.linalg.solve(linear, fill - offset)
+    outside = torch.full((image.shape[2],), float(fill))
+    if color is not None:  # changes the result; what becomes `fill` by it lies outside
+        linear, offset = torch.from_numpy(color).split([3, 1], 1)
+        outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()
     patch = np.ascontiguousarray(image[y0:y1, x0:x1].transpose(2, 0, 1))          # (C, h, w)
-    patch = torch.from_numpy(patch).float()
-    patch -= torch.from_numpy(outside)[:, None, None]
+    patch = torch.from_numpy(patch).float().sub_(outside[:, None, None])
     # grid_sample's places go from -1 to 1, from edge to edge.
     scale, back = 2 / np.array([x1 - x0, y1 - y0]), inverse[:2] - [[0, 0, x0], [0, 0, y0]]
     (a, b, c), (d, e, f) = (back * scale[:, None] - [[0, 0, 1], [0, 0, 1]]).tolist()
@@ -469,8 +468,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
     pixels = F.grid_sample(patch[None], grid[None], mode, "border" if upright else "zeros",
                            align_corners=False)[0]                                # (C, h, w)
     if color is not None:
-        flat = torch.from_numpy(linear.astype(np.float32)) @ pixels.view(3, -1)   # (3, h w)
-        pixels = flat.clamp_(-fill, 255 - fill).view(pixels.shape)
+        pixels = (linear.float() @ pixels.view(3, -1)).view(pixels.shape).clamp_(-fill, 255 - fill)
     view.copy_(pixels.add_(fill + 0.5))  # copying to uint8 cuts off
 
 

@@ -279,7 +279,8 @@ def slow_warp(image, matrix, region, size, color):
 @pytest.mark.parametrize("color", [None, np.array([[0.9, 0.1, 0, 5], [0, 1.2, 0, -20], [0.1, 0, 1, 0]])])
 @pytest.mark.parametrize("matrix", [
     data.matrix3(1.3, 0.2, -9, -0.1, 0.9, 12), data.matrix3(0.7, 0, 5.3, 0, 0.7, 2),
-    data.matrix3(1, 0, 7, 0, 1, 3), data.matrix3(-1, 0, 40, 0, 1, -2)])
+    data.matrix3(1, 0, 7, 0, 1, 3), data.matrix3(-1, 0, 40, 0, 1, -2),
+    data.matrix3(1.6, 0, -8.36, 0, 1.6, -7.16)])
 def test_pixels_are_those_of_the_slow_version(matrix, color):
     image = np.random.default_rng(0).integers(256, size=(30, 37, 3), dtype=np.uint8)
     region, canvas = np.array([3.2, 1.0, 41.0, 33.6]), data.blank(48)

@@ -296,3 +296,14 @@ def test_a_cell_tells_four_by_four_pixels():
         model.mask[1].bias.copy_(torch.arange(16.0))
         mask = model(torch.rand(1, 3, 64, 64)).mask_logits
     assert torch.equal(mask[0, 4:8, 8:12], torch.arange(16.0).reshape(4, 4))
+
+
+def test_torch_compile_traces_the_network_as_a_whole():
+    """fullgraph fails at a graph break; the tracer alone, as code generation takes minutes."""
+    torch.manual_seed(0)
+    model = YoloNasPose("m", mask=True).train()
+    images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    want = copy.deepcopy(model)(images)
+    model.compile(fullgraph=True, backend="eager")
+    for a, b in zip(model(images), want):
+        assert torch.equal(a, b)

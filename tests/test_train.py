@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data import MOSAIC_HEAVY
+from data import MOSAIC_HEAVY, collate
 from evaluate import load_model, predict
+from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from train import (DEMO, RECIPES, epoch_ends, epochs_of, fill_recipe, flat_gradients, freeze, main,
-                   mean_of, open_data, parse_args)
+                   mean_of, open_data, parse_args, train_step)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -315,3 +316,33 @@ def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_pa
     scored = run("evaluate.py", "--data", small / "people", "--weights", tmp_path / "run/last.pt",
                  "--workers", 0)
     assert f"mask_IoU   {lines[-1]['mask_IoU']:.4f}" in scored.stdout, scored.stderr
+
+
+@pytest.mark.long
+def test_compiled_training_is_eager_training(tmp_path):
+    """The first gradient of drawn people, and the losses of 20 steps."""
+    draw_dataset(str(tmp_path / "people"), train=8, val=1, side=128)
+    flags = parse_args(["--data", str(tmp_path / "people"), "--image-size", "128", "--augment", "none"])
+    fill_recipe(flags)
+    data, _, _ = open_data(flags, 0)
+    batches = [collate([data[0, i] for i in half]) for half in (range(4), range(4, 8))]
+    gradients, losses = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = YoloNasPose("n").to(memory_format=torch.channels_last)
+        flat = flat_gradients([p for p in model.parameters() if p.requires_grad], len(TERMS) + 2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        if compiled:
+            model.compile(fullgraph=True)
+        losses.append([])
+        for step in range(20):
+            done = train_step(model, None, PoseLoss(torch.tensor(data.skeleton.sigmas)),
+                              iter([batches[step % 2]]), optimizer,
+                              torch.amp.GradScaler("cpu", enabled=False), flat, flags, 128, 4.0, False)
+            losses[-1].append(sum(done.sums[1:]) / done.sums[0])
+            if step == 0:
+                gradients.append(flat[0].clone())
+    print(torch.dist(*gradients) / gradients[0].norm(), losses)
+    assert torch.dist(*gradients) <= 1e-4 * gradients[0].norm()
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+    assert losses[0][-1] < losses[0][0]
