@@ -15,6 +15,7 @@ A sample is a dict; this list is the only definition of its keys:
     crowd      (M,)      bool, the box holds a crowd
     image_id   int, the json's id
     matrix     (2, 3)    float64, px of the file to px of the padded input
+    bad        list of str, errors of images that this one replaces
     mask       (S/2, S/2) uint8, only if asked for: 0 nobody's pixel, 1 somebody's, 2 unknown
 
 Pixels: coordinates are continuous. Pixel i covers [i, i + 1) and its center is i + 0.5, as Pillow
@@ -98,6 +99,40 @@ def find_split(root: str, split: str) -> tuple[str, str]:
     raise FileNotFoundError(f"no folder {folders[0]} or {folders[1]}; expected the split's images")
 
 
+def check_records(path: str, what: str, records: list, kinds: dict[str, type]) -> None:
+    """Raise ValueError for a record without one of the keys or of another type, or an id twice."""
+    seen = set()
+    for record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: {what}: found {str(record)[:60]}, expected a record {{...}}")
+        for key, kind in kinds.items():
+            if not isinstance(record.get(key), kind) or kind is int and abs(record[key]) >= 2**53:
+                name = "number" if kind == (int, float) else kind.__name__
+                found = f"{key} {str(record[key])[:40]}" if key in record else f"{key} is missing"
+                raise ValueError(f"{path}: {what}: {found} in {str(record)[:80]}, expected {key} "
+                                 f"of type {name}; mend or remove the record")
+        if record["id"] in seen:
+            raise ValueError(f"{path}: {what}: id {record['id']} is there twice; remove one")
+        seen.add(record["id"])
+
+
+def check_person(ann: dict, numbers: int) -> str:
+    """What is wrong with the numbers of an annotation, or nothing."""
+    bbox, keypoints = ann["bbox"], ann["keypoints"]
+    if len(keypoints) != numbers:
+        return f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each name)"
+    try:
+        finite = math.isfinite(sum(bbox) + sum(keypoints) + ann.get("area", 0))
+        if not finite or len(bbox) != 4 or min(bbox[2:]) < 0:
+            return (f"bbox {bbox}, expected finite numbers everywhere, 4 of them: x, y and a size "
+                    f"that is not negative")
+        if not {0, 1, 2}.issuperset(keypoints[2::3]):
+            return f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
+    except (TypeError, OverflowError):
+        return f"bbox {str(bbox)[:60]} or keypoints with something that is not a number"
+    return ""
+
+
 def read_json(path: str) -> dict:
     """Load a COCO keypoint file and refuse any that cannot train a pose model.
 
@@ -110,37 +145,38 @@ def read_json(path: str) -> dict:
     with open(path) as f:
         try:
             coco = json.load(f)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}; was the download or export cut off?") from None
-    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
-        raise ValueError(f"{path}: expected the keys images, annotations and categories of COCO's "
+    if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in (
+            "images", "annotations", "categories")):
+        raise ValueError(f"{path}: expected the lists images, annotations and categories of COCO's "
                          f"format; export your labels as COCO keypoints")
-    if len(coco["categories"]) != 1 or "keypoints" not in coco["categories"][0]:
-        raise ValueError(f"{path}: categories {[c.get('name') for c in coco['categories']]}, "
-                         f"expected exactly one, with keypoint names; use person_keypoints_*.json, "
+    check_records(path, "categories", coco["categories"], {"id": int, "name": str})
+    if len(coco["categories"]) != 1 or not isinstance(coco["categories"][0].get("keypoints"), list):
+        raise ValueError(f"{path}: categories {[c['name'] for c in coco['categories']]}, expected "
+                         f"exactly one, with keypoint names; use person_keypoints_*.json, "
                          f"not instances_*.json")
-    for what, keys in (("images", {"id", "file_name", "width", "height"}),
-                       ("annotations", {"id", "image_id", "bbox", "keypoints"})):
-        for record in coco[what]:
-            if not keys <= record.keys():
-                raise ValueError(f"{path}: {what}: {', '.join(sorted(keys - record.keys()))} is "
-                                 f"missing in {str(record)[:80]}; add it or remove the record")
+    names = coco["categories"][0]["keypoints"]
+    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise ValueError(f"{path}: keypoint names {names}, expected different texts, at least one")
+    number = (int, float)
+    check_records(path, "images", coco["images"], {"id": int, "file_name": str, "width": number,
+                                                   "height": number})
+    for image in coco["images"]:
+        if not (image["width"] >= 1 and image["height"] >= 1):
+            raise ValueError(f"{path}: image {image['id']} is {image['width']} x {image['height']} "
+                             f"px, expected 1 or more; mend its record")
+    check_records(path, "annotations", coco["annotations"],
+                  {"id": int, "image_id": int, "bbox": list, "keypoints": list})
     known = {image["id"] for image in coco["images"]}
-    numbers = 3 * len(coco["categories"][0]["keypoints"])
     for ann in coco["annotations"]:
+        wrong = check_person(ann, 3 * len(names))
         if ann["image_id"] not in known:
-            raise ValueError(f"{path}: annotation {ann['id']} belongs to image {ann['image_id']}, "
-                             f"which is not in the file; remove it or add the image")
-        if len(ann["keypoints"]) != numbers:
-            raise ValueError(f"{path}: annotation {ann['id']} has {len(ann['keypoints'])} keypoint "
-                             f"numbers, expected {numbers} (x, y, v for each name)")
-        width, height = ann["bbox"][2:]
-        finite = math.isfinite(sum(ann["bbox"]) + sum(ann["keypoints"]))
-        if not finite or min(width, height) < 0:
-            raise ValueError(f"{path}: annotation {ann['id']} has a box or keypoint that is not a "
-                             f"finite number or a negative box size: bbox {ann['bbox']}; mend it")
+            wrong = f"image {ann['image_id']}, which is not in the file; add the image"
+        if wrong:
+            raise ValueError(f"{path}: annotation {ann['id']} has {wrong}; mend or remove it")
         ann.setdefault("iscrowd", 0)
-        ann.setdefault("area", BODY_SHARE_OF_BOX * width * height)
+        ann.setdefault("area", BODY_SHARE_OF_BOX * ann["bbox"][2] * ann["bbox"][3])
         ann.setdefault("num_keypoints", sum(v > 0 for v in ann["keypoints"][2::3]))
     return coco
 
@@ -259,7 +295,7 @@ def describe(dataset: "CocoPose") -> list[str]:
                     raise OSError("of another size than the json says")
                 if len(a.ids) < 500 or i // max(len(a.ids) // 5000, 1) % 10 == 0:
                     file.load()
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             broken.append(i)
     shares = labeled[people].mean(0) if people.any() else np.zeros(len(names))
     few, middle, many = np.quantile(side[people] if people.any() else [0], [0.05, 0.5, 0.95])
@@ -304,8 +340,13 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     if len(sigmas) != len(names) or min(sigmas) <= 0:
         raise ValueError(f"{len(sigmas)} sigmas for {len(names)} keypoints; expected one positive "
                          f"number for each of {', '.join(names)}")
-    edges = [[a - 1, b - 1] for a, b in category.get("skeleton", [])]
-    return Skeleton(list(names), flip, edges, [float(s) for s in sigmas])
+    edges = category.get("skeleton", [])
+    if not all(isinstance(edge, list) and len(edge) == 2 and all(
+            isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):
+        raise ValueError(f"skeleton {str(edges)[:60]}, expected pairs of keypoints, counted from 1 "
+                         f"to {len(names)}")
+    return Skeleton(list(names), flip, [[a - 1, b - 1] for a, b in edges],
+                    [float(s) for s in sigmas])
 
 
 class Augment(NamedTuple):
@@ -453,7 +494,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
         return
     outside = torch.full((image.shape[2],), float(fill))
     if color is not None:  # changes the result; what becomes `fill` by it lies outside
-        linear, offset = torch.from_numpy(color).split([3, 1], 1)
+        linear, offset = torch.from_numpy(color.copy()).split([3, 1], 1)
         outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()
     patch = np.ascontiguousarray(image[y0:y1, x0:x1].transpose(2, 0, 1))          # (C, h, w)
     patch = torch.from_numpy(patch).float().sub_(outside[:, None, None])
@@ -486,6 +527,13 @@ def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.n
     return canvas.numpy().transpose(1, 2, 0), matrix
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; of an animated one the first picture."""
+    if image.mode.startswith("I;16"):  # Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndarray, int]:
     """The image (h, w, 3) uint8, RGB, shrunk by a power of two as far as a later `zoom` allows.
 
@@ -495,13 +543,15 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndar
     """
     image = Image.open(path)
     if image.size != (width, height):
-        raise ValueError(f"is {image.width}x{image.height} px, its json says {width}x{height}")
+        turned = ", turned by its EXIF tag?" * (image.size == (height, width))
+        raise ValueError(f"is {image.width}x{image.height} px, its json says {width}x{height}"
+                         f"{turned}")
     shrink, drafted = shrink_for(zoom), 1
     if shrink > 1 and image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
         drafted = 2 ** round(math.log2(max(width, height) / max(image.size)))
     image.load()
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = to_rgb(image)
     return np.asarray(image if drafted == shrink else image.reduce(shrink // drafted)), shrink
 
 
@@ -577,15 +627,16 @@ class CocoPose(Dataset):
     """Item (epoch, i) is the sample dict (see the top) of image i, changed as that epoch wants.
 
     keep_ignored keeps crowds and people without a labeled keypoint in view; else they are dropped,
-    and crowds that have keypoints count as people, as in the original recipe.
+    and crowds that have keypoints count as people, as in the original recipe. An image that cannot
+    be read is replaced by the next, up to `spare` times in a row; then it is a DataError.
     """
 
     def __init__(self, annotations: Annotations, folder: str, skeleton: Skeleton, size: int,
                  pad: str, augment: Augment = PLAIN, seed: int = 0, keep_ignored: bool = True,
-                 cache: Cache | None = None):
+                 cache: Cache | None = None, spare: int = 0):
         self.annotations, self.folder, self.skeleton = annotations, folder, skeleton
         self.size, self.pad, self.augment, self.seed = size, pad, augment, seed
-        self.keep_ignored, self.cache = keep_ignored, cache
+        self.keep_ignored, self.cache, self.spare = keep_ignored, cache, spare
 
     def __len__(self) -> int:
         return len(self.annotations.ids)
@@ -596,6 +647,17 @@ class CocoPose(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
+        bad = []
+        while True:
+            try:
+                return {**self.sample(epoch, (index + len(bad)) % len(self)), "bad": bad}
+            except DataError as error:
+                if len(bad) == self.spare:
+                    raise
+                bad.append(str(error))
+
+    def sample(self, epoch: int, index: int) -> dict:
+        """Image `index` as that epoch wants it, from random numbers of its own."""
         rng = sample_rng(self.seed, epoch, index)
         image, mask, people, matrix = self.compose(index, epoch, rng)
         if rng.random() < self.augment.mixup:
@@ -647,7 +709,7 @@ class CocoPose(Dataset):
                     image, shrink = np.asarray(Image.fromarray(image).reduce(more)), shrink * more
             else:
                 image, shrink = open_image(path, width, height, zoom)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
         mean = image[::16, ::16].mean((0, 1))                                     # (3,)
         color = random_color(mean, rng, self.augment)
@@ -709,6 +771,7 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
             tensor[i, :len(sample[name])] = torch.from_numpy(sample[name])
     if "mask" in samples[0]:
         targets["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))
+    targets["bad"] = [error for s in samples for error in s["bad"]]
     targets["image_id"] = torch.tensor([s["image_id"] for s in samples])
     targets["matrix"] = torch.from_numpy(np.stack([s["matrix"] for s in samples]))
     images = torch.stack([torch.from_numpy(s["image"]).permute(2, 0, 1) for s in samples])

@@ -81,7 +81,7 @@ OUT = "runs/train"
 
 # What --resume may change. The batch may be cut in another way, its images a step stay.
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "accumulate", "eval_every",
-              "log_every", "save_every", "sync_check", "max_skipped")
+              "log_every", "save_every", "sync_check", "max_skipped", "max_bad")
 
 
 def numbers(text: str) -> list[float]:
@@ -198,6 +198,7 @@ FLAGS = {
          "keep their statistics: at first (backbone:5), at last (backbone:-1), or always"),
         ("no-sync-bn", bool, False, "each process norms by its own images"),
         ("max-skipped", int, 20, "stop after so many steps in a row that are not finite"),
+        ("max-bad", int, 10, "stop after more images that cannot be read; others take their place"),
         ("deterministic", bool, False, "the same bits in every run on a GPU; slower"),
     ],
     "run": [
@@ -221,7 +222,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X", numbers: "X,X,...", images_or_aut
 POSITIVE = ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr", "eval_every",
             "patience", "log_every", "clip_norm", "max_steps", "save_every", "sync_check",
             "max_skipped")
-NOT_NEGATIVE = ("workers", "close_mosaic", "restarts", "average_best", "distill_weight",
+NOT_NEGATIVE = ("workers", "max_bad", "close_mosaic", "restarts", "average_best", "distill_weight",
                 "lr_factor", "final_ratio", "weight_decay", "dfl_weight", "pose_weight",
                 "sigma_epochs", "seed")
 SHARES = ("mosaic", "mixup", "flip", "bgr", "rotate90", "scale", "occlude", "multi_scale",
@@ -340,6 +341,15 @@ def from_rank_0(value):
     return box[0]
 
 
+def gather(value) -> list:
+    """What each process gave to this call, on every process."""
+    found = [value]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return found
+
+
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
     """Training set, validation set, and the latter's labels. Raises ValueError and OSError."""
     if not args.data and not args.train_json:
@@ -370,7 +380,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     caches = [None if args.cache == "none" else Cache(a, folder, args.image_size, args.cache)
               for a, folder, *_ in sets]
     train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference",
-                         caches[0])
+                         caches[0], spare=10)
     return train_set, CocoPose(*sets[1], args.val_pad, cache=caches[1]), quiet_coco(labels)
 
 
@@ -389,15 +399,17 @@ def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, 
 
 
 class Step(NamedTuple):
-    """What an optimizer step reports: numbers of all processes, but for the last three."""
+    """What an optimizer step reports: numbers of all processes, but for the last four."""
 
     sums: list[float]    # assigned-score sum and the sums of the terms
     norm: float          # of the gradient, before clipping
     finite: bool         # if not, nothing but the place in the stream has changed
     stop: bool           # some process was told to stop
+    bad: bool            # some process met images that cannot be read
     waited: float        # seconds this process waited for data
     image_ids: list[int]   # the images this process has seen
     mine: list[float]    # `sums` of this process
+    errors: list[str]    # of its images that cannot be read
 
 
 def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss, batches: Iterator,
@@ -407,9 +419,10 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     """One optimizer step over `accumulate` micro-batches on all processes, at images of `size` px.
 
     gradients are flat_gradients(parameters, numbers): the numbers take up the assigned-score sum,
-    the terms and `stop`, which asks all processes to stop after this step.
+    the terms, how many images were bad, and `stop`, which asks all to stop after this step.
     """
-    (flat, tail), waited, image_ids, device = gradients, 0.0, [], gradients[0].device
+    (flat, tail), waited, image_ids, errors = gradients, 0.0, [], []
+    device = flat.device
     flat.zero_()
     statistics = list(model.buffers())
     before = [t.clone() for t in statistics]
@@ -418,6 +431,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         images, targets = next(batches)
         waited += time.time() - start
         image_ids += targets["image_id"].tolist()
+        errors += targets["bad"]
         targets = {name: targets[name].to(device, non_blocking=True) for name in
                    ("boxes", "keypoints", "crowd", "mask") if name in targets}
         images, targets = resize(to_input(images, model), targets, size)
@@ -434,9 +448,9 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
                 raw, decode(raw), told, decode(told), sigma_scale).items()}
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
         scaler.scale(sum(terms.values()) / len(images)).backward()
-        tail[:-1] += torch.stack([score_sum, *terms.values()]).detach()
-    tail[-1] = float(stop)
-    mine = tail[:-1].clone()
+        tail[:-2] += torch.stack([score_sum, *terms.values()]).detach()
+    tail[-2], tail[-1] = len(errors), stop
+    mine = tail[:-2].clone()
     if dist.is_initialized():
         dist.all_reduce(flat)
         for norm in model.modules() if args.no_sync_bn else ():
@@ -449,7 +463,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     everything = flat[:-len(tail)]
     everything *= len(images) / tail[0].clamp(min=1)
     norm = torch.linalg.vector_norm(everything)
-    *sums, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
+    *sums, bad, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
     finite = math.isfinite(norm) and all(map(math.isfinite, sums))
     if finite:
         if norm > args.clip_norm:
@@ -458,7 +472,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     else:
         torch._foreach_copy_(statistics, before)
     scaler.update()
-    return Step(sums, norm, finite, stops > 0, waited, image_ids, mine.tolist())
+    return Step(sums, norm, finite, stops > 0, bad > 0, waited, image_ids, mine.tolist(), errors)
 
 
 def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
@@ -469,8 +483,7 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
     state = model.state_dict()
     bits = [t.flatten().view(torch.int64 if t.element_size() == 8 else torch.int32)
             for t in state.values()]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:])))
+    shares = gather((torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:])))
     for other, (checksums, _) in enumerate(shares):
         for name, a, b in zip(state, shares[0][0], checksums):
             if a != b:
@@ -697,14 +710,21 @@ def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) ->
 def give_up(what: str, steps: int, result: Step, rank: int) -> None:
     """End the run after too many steps whose `what` was not finite, naming the last images."""
     guilty = what == "gradient" or not all(map(math.isfinite, result.mine))
-    mine = result.image_ids if guilty else []
-    ids = [mine]
-    if dist.is_initialized():
-        ids = [None] * dist.get_world_size()
-        dist.all_gather_object(ids, mine)
+    ids = gather(result.image_ids if guilty else [])
     images = ", ".join(str(i) for share in ids for i in share)
     sys.exit(f"train.py: {steps} steps in a row were not finite ({what}), the last with images "
              f"{images}: check these, lower --lr, or use --amp bf16 or no" if rank == 0 else 1)
+
+
+def note_bad(known: list[str], limit: int, errors: list[str], rank: int) -> None:
+    """Name the images that could not be read, each once; end the run if that makes too many."""
+    new = sorted({error for share in gather(errors) for error in share} - set(known))
+    known += new
+    for error in new if rank == 0 else ():
+        print(f"bad image: {error}; another takes its place", file=sys.stderr, flush=True)
+    if len(known) > limit:
+        sys.exit(f"train.py: {len(known)} images cannot be read, more than --max-bad {limit}; they "
+                 f"are named above" if rank == 0 else 1)
 
 
 def catch_signals() -> list[int]:
@@ -810,7 +830,7 @@ def main() -> None:
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
-    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 2)
+    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 3)
     optimizer = make_optimizer(args, model, peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
@@ -820,7 +840,8 @@ def main() -> None:
     log = Log(args, rank, total_steps, global_batch, images, terms)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
-    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False, best=[])
+    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False, best=[],
+                            bad=[])
     if saved:
         vars(at).update({name: saved[name] for name in vars(at)})
         for name, part in parts.items():
@@ -880,6 +901,8 @@ def main() -> None:
                                 bool(asked) or orphaned)
         except torch.OutOfMemoryError:
             out_of_memory(args)
+        if result.bad:
+            note_bad(at.bad, args.max_bad, result.errors, rank)
         if result.finite:
             at.step, at.in_a_row = at.step + 1, 0
             ema.update(at.step)

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
-from data import MOSAIC, MOSAIC_HEAVY, PLAIN, CocoPose, find_split, flatten, read_json, read_skeleton
+from data import (MOSAIC, MOSAIC_HEAVY, PLAIN, CocoPose, find_split, flatten, read_json,
+                  read_skeleton)
 from evaluate import to_input
 from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
@@ -52,18 +53,18 @@ def people(batch: int, per_image: int, size: int, k: int = 17) -> dict[str, torc
     return {"boxes": torch.cat([corner, corner + wide_high], -1),
             "keypoints": torch.cat([xy, torch.full_like(xy[..., :1], 2)], -1),
             "crowd": torch.zeros(batch, per_image, dtype=torch.bool),
-            "image_id": torch.arange(batch)}
+            "image_id": torch.arange(batch), "bad": []}
 
 
 def step_parts(args: argparse.Namespace, device: torch.device) -> dict:
-    """{part: a function that runs it once}, in the order of a step; `step` is train_step and EMA."""
+    """{part: a function that runs it once}, in order; `step` is train_step and EMA."""
     flags = train.parse_args(["--amp", args.amp])
     train.fill_recipe(flags)
     torch.manual_seed(0)
     model = YoloNasPose(args.model).to(device, memory_format=torch.channels_last).train()
     criterion = PoseLoss(torch.full((17,), 0.07, device=device))
     gradients = train.flat_gradients([p for p in model.parameters() if p.requires_grad],
-                                     len(TERMS) + 2)
+                                     len(TERMS) + 3)
     optimizer = torch.optim.AdamW(param_groups(model, 1e-5, 1e-6), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, "constant", 0.99, 1000)
@@ -71,7 +72,7 @@ def step_parts(args: argparse.Namespace, device: torch.device) -> dict:
         model.compile()
     b, s = args.batch_size, args.image_size
     images = torch.randint(256, (b, s, s, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    targets = {name: t.to(device) for name, t in people(b, args.people, s).items()}
+    targets = people(b, args.people, s)
     at = {}
 
     def forward():
@@ -80,7 +81,8 @@ def step_parts(args: argparse.Namespace, device: torch.device) -> dict:
 
     def loss():
         raw = at["raw"].promote()
-        terms, at["scores"] = criterion(raw, decode(raw), targets)
+        on_device = {name: targets[name].to(device) for name in ("boxes", "keypoints", "crowd")}
+        terms, at["scores"] = criterion(raw, decode(raw), on_device)
         at["loss"] = sum(terms.values()) / b
 
     def backward():

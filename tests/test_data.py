@@ -445,13 +445,42 @@ IMAGE = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
 PERSON = {"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5], "keypoints": [1, 1, 2] * 3}
 
 
+def with_category(**changes) -> dict:
+    coco = labels([IMAGE], [PERSON])
+    return {**coco, "categories": [{**coco["categories"][0], **changes}]}
+
+
 @pytest.mark.parametrize("content, message", [
-    ({"images": []}, "expected the keys images, annotations and categories"),
+    ([], "expected the lists images, annotations and categories"),
+    ({"images": []}, "expected the lists images, annotations and categories"),
+    ({**labels([IMAGE], []), "annotations": {}}, "expected the lists images, annotations and cat"),
     ({**labels([IMAGE], []), "categories": [{"id": 1, "name": "cat"}]}, "instances_"),
+    ({**labels([IMAGE], []), "categories": 2 * with_category()["categories"]}, "id 1 is there twice"),
+    ({**labels([IMAGE], []), "categories": with_category()["categories"] + [{"id": 2, "name": "b"}]},
+     r"categories \['person', 'b'\], expected exactly one"),
+    (with_category(keypoints=[]), "at least one"),
+    (with_category(keypoints=["a", "a", "b"]), "different texts"),
+    (with_category(keypoints=[1, 2, 3]), "different texts"),
+    (labels([7], []), "images: found 7, expected a record"),
+    (labels([{"id": 1, "file_name": "a.png", "width": 9}], []), "height is missing"),
+    (labels([{**IMAGE, "id": "1"}], []), "id 1 in .* of type int"),
+    (labels([{**IMAGE, "id": 2 ** 60}], []), "of type int"),
+    (labels([{**IMAGE, "width": "9"}], []), "width 9 in .* of type number"),
+    (labels([{**IMAGE, "file_name": None}], []), "file_name None in .* of type str"),
+    (labels([IMAGE, IMAGE], []), "images: id 1 is there twice"),
+    (labels([IMAGE], [{"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5]}]), "keypoints is missing"),
+    (labels([IMAGE], [PERSON, PERSON]), "annotations: id 7 is there twice"),
     (labels([IMAGE], [{**PERSON, "keypoints": [1, 1, 2]}]), "annotation 7 has 3 keypoint numbers"),
-    (labels([IMAGE], [{**PERSON, "image_id": 5}]), "annotation 7 belongs to image 5"),
-    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, -5, 5]}]), "negative box size"),
-    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, float("nan"), 5]}]), "not a finite number"),
+    (labels([IMAGE], [{**PERSON, "keypoints": [1, 1, 3] * 3}]), "visibilities .* expected 0, 1 or 2"),
+    (labels([IMAGE], [{**PERSON, "keypoints": ["1", 1, 2] * 3}]), "not a number"),
+    (labels([IMAGE], [{**PERSON, "keypoints": [None, 1, 2] * 3}]), "not a number"),
+    (labels([IMAGE], [{**PERSON, "keypoints": [float("inf"), 1, 2] * 3}]), "expected finite numbers"),
+    (labels([IMAGE], [{**PERSON, "image_id": 5}]), "annotation 7 has image 5, which is not in the fi"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, -5, 5]}]), "a size that is not negative"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, 5]}]), "4 of them"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, float("nan"), 5]}]), "expected finite numbers"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, 10 ** 400, 5]}]), "not a number"),
+    (labels([IMAGE], [{**PERSON, "area": float("nan")}]), "expected finite numbers"),
 ])
 def test_a_json_that_cannot_train_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "x.json"

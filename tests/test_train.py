@@ -175,7 +175,6 @@ def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("harm, message", [
     ("missing", "000001.jpg not found, but the json names it"),
-    ("cut", "000001.jpg: image file is truncated"),
     ("broken", "was the download or export cut off?"),
     ("no bbox", "annotations: bbox is missing in"),
 ])
@@ -188,18 +187,37 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
     labels = json.loads(path.read_text())
     if harm == "missing":
         image.unlink()
-    elif harm == "cut":
-        image.write_bytes(image.read_bytes()[:900])
     elif harm == "no bbox":
         del labels["annotations"][0]["bbox"]
     path.write_text(json.dumps(labels)[:None if harm != "broken" else 300])
     flags = ["--data", root, "--out", tmp_path / "out", *SMALL]
-    if harm != "cut":
-        assert message in refusal(monkeypatch, capsys, flags, 1)
-    else:  # met by a loader process, which must not keep the run from ending
-        done = run("train.py", *flags)
-        assert done.returncode == 1 and message in done.stderr
-        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert message in refusal(monkeypatch, capsys, flags, 1)
+
+
+def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, tmp_path):
+    """Whoever loads it. More than --max-bad end the run, and so does one of the validation set,
+    from a loader process, with one line."""
+    shutil.copytree(small / "people", tmp_path / "people")
+    image = tmp_path / "people" / "train2017" / "000001.jpg"
+    image.write_bytes(image.read_bytes()[:900])
+    flags = ["--data", tmp_path / "people", *SMALL, "--max-steps", "3"]
+    states = []
+    for workers in (0, 2):
+        done = run("train.py", *flags, "--out", tmp_path / f"{workers}", "--workers", workers)
+        assert done.returncode == 0
+        assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
+            f"bad image: {image}: image file is truncated"]
+        states.append(torch.load(tmp_path / f"{workers}" / "last.pt", weights_only=True))
+    assert states[0]["bad"] == states[1]["bad"] and len(states[0]["bad"]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(states[0]["model"].values(),
+                                                 states[1]["model"].values()))
+    done = run("train.py", *flags, "--out", tmp_path / "a", "--max-bad", "0")
+    assert done.returncode == 1 and "more than --max-bad 0" in done.stderr.splitlines()[-1]
+
+    shutil.copy(image, tmp_path / "people" / "val2017" / "000001.jpg")
+    done = run("train.py", *flags, "--out", tmp_path / "b")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "val2017/000001.jpg: image file is truncated" in done.stderr.splitlines()[-1]
 
 
 def test_every_recipe_value_says_where_it_came_from():
@@ -319,19 +337,22 @@ def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_pa
 
 
 @pytest.mark.long
-def test_compiled_training_is_eager_training(tmp_path):
-    """The first gradient of drawn people, and the losses of 20 steps."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_training_is_eager_training(dtype, tmp_path):
+    """The first gradient in float64, as a new network's moves by 1e-2 with the rounding of float32
+    norms; and in both the losses of 20 steps of the recipe."""
     draw_dataset(str(tmp_path / "people"), train=8, val=1, side=128)
-    flags = parse_args(["--data", str(tmp_path / "people"), "--image-size", "128", "--augment", "none"])
+    flags = parse_args(["--data", str(tmp_path / "people"), "--image-size", "128"])
     fill_recipe(flags)
     data, _, _ = open_data(flags, 0)
     batches = [collate([data[0, i] for i in half]) for half in (range(4), range(4, 8))]
     gradients, losses = [], []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = YoloNasPose("n").to(memory_format=torch.channels_last)
-        flat = flat_gradients([p for p in model.parameters() if p.requires_grad], len(TERMS) + 2)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        model = YoloNasPose("n").to(dtype, memory_format=torch.channels_last)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        flat = flat_gradients(parameters, len(TERMS) + 3)
+        optimizer = torch.optim.AdamW(parameters, lr=2e-3 * 4 / 480)
         if compiled:
             model.compile(fullgraph=True)
         losses.append([])
@@ -342,7 +363,8 @@ def test_compiled_training_is_eager_training(tmp_path):
             losses[-1].append(sum(done.sums[1:]) / done.sums[0])
             if step == 0:
                 gradients.append(flat[0].clone())
-    print(torch.dist(*gradients) / gradients[0].norm(), losses)
-    assert torch.dist(*gradients) <= 1e-4 * gradients[0].norm()
+    difference = torch.dist(*gradients) / gradients[0].norm()
+    print(dtype, "gradient", difference.item(), "losses", losses)
+    assert difference <= 1e-4 or dtype == torch.float32
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
     assert losses[0][-1] < losses[0][0]
