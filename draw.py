@@ -4,19 +4,43 @@ Owns pixels that are for looking at, lines of the terminal and log.jsonl. Knows 
 networks, files of labels or how training works; it imports numpy and Pillow.
 """
 import argparse
+import base64
+import html
+import io
+import itertools
 import json
 import math
 import os
+import re
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 LEFT, RIGHT, MIDDLE = (255, 140, 0), (0, 190, 255), (120, 230, 80)  # sides of the person
 BOX, IGNORED = (255, 255, 255), (170, 170, 170)
-CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Curves, and the dashes of those beyond eight: 3.8 to 1 or more against white and near black.
+COLORS = ("#2f7fd1", "#d4600f", "#149070", "#c2589b", "#a07c0a", "#7f72d6", "#d0454c", "#78818a")
+DASHES = ("none", "6 3", "2 3")
+CHART_STYLE = """.chart rect{fill:#fff}.chart text{fill:#57606a;font:11px system-ui,sans-serif}
+.chart .title{fill:#1f2328;font-size:13px;font-weight:600}.chart polyline{fill:none}
+.chart line,.chart polyline{stroke-width:1.8;stroke-linejoin:round}.chart circle{fill:#fff}
+.chart .grid{stroke:#888;stroke-width:1;stroke-opacity:.25}@media(prefers-color-scheme:dark){
+.chart rect,.chart circle{fill:#16191d}.chart text{fill:#9aa4ae}.chart .title{fill:#e6e9ec}}"""
+PAGE_STYLE = """:root{color-scheme:light dark;--ink:#1f2328;--soft:#57606a;--line:#d8dee4}
+body{margin:0 auto;max-width:1200px;padding:16px;color:var(--ink);background:#fff;
+font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:22px;margin:8px 0}
+h2{font-size:17px;margin:32px 0 8px}p,figcaption{color:var(--soft);margin:4px 0}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
+.chart,img{display:block;width:100%;height:auto}figure{margin:0}
+.table{overflow:auto;max-height:420px;margin:8px 0}table{border-collapse:collapse;font-size:13px}
+th,td{padding:3px 12px 3px 0;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
+.number{text-align:right;font-variant-numeric:tabular-nums}
+pre{font-size:12px;white-space:pre-wrap;padding:12px;border:1px solid var(--line)}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa4ae;--line:#343a41}
+body{background:#16191d}}"""
 
 
 def side_color(name: str) -> tuple[int, int, int]:
@@ -65,49 +89,155 @@ def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Imag
     return sheet
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers from low to high."""
+def ticks(low: float, high: float, outer: bool = False) -> list[float]:
+    """Three to nine round numbers between low < high; with outer they enclose low and high."""
     step = 10 ** math.floor(math.log10((high - low) / 3))
     step *= max(m for m in (1, 2, 5) if m * step * 3 <= high - low or m == 1)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+    first, last = round(low / step, 6), round(high / step, 6)  # 0.3 / 0.1 is not quite 3
+    first, last = ((math.floor(first), math.ceil(last)) if outer else
+                   (math.ceil(first), math.floor(last)))
+    return [i * step for i in range(first, last + 1)]
 
 
-def line_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: bool = False,
-               width: int = 900, height: int = 380) -> Image.Image:
-    """Curves of points (x, y), each with its name. A y that is not finite breaks its curve."""
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-    xs, ys = zip(*(point for points in series.values() for point in points if all(
-        map(math.isfinite, point))))
-    scale_x = math.log2 if log2_x else float
-    x0, x1, y0, y1 = scale_x(min(xs)), scale_x(max(xs)), min(0, *ys), max(ys)
-    x1, y1 = max(x1, x0 + 1e-9), max(y1, y0 + 1e-9)
-    left, top, right, bottom = 80, 40, width - 200, height - 40
+def short(value: float) -> str:
+    """A number in few characters: 0.025, 2500, 12.5k, 2M."""
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if least <= abs(value) < math.inf:
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:.4g}"
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x0) / (x1 - x0) * (right - left),
+
+def escape(text: str) -> str:
+    """Any text for HTML and XML. What cannot be printed, as half a surrogate, becomes a square."""
+    return html.escape("".join(c if c.isprintable() or c == "\n" else "\u25a1" for c in text))
+
+
+def svg_curve(name: str, points: list[tuple[float, float]], scale: Callable, look: str) -> str:
+    """One curve: what is not broken as a line; its end, and all of up to 40 points, as dots."""
+    pieces = [[]]
+    for x, y in points:
+        if math.isfinite(x) and math.isfinite(y):
+            pieces[-1].append((x, y))
+        else:
+            pieces.append([])
+    out = []
+    for piece in filter(None, pieces):
+        places = " ".join(f"{px:.1f},{py:.1f}" for px, py in itertools.starmap(scale, piece))
+        out.append(f'<polyline points="{places}" {look}/>')
+        for x, y in piece if len(points) <= 40 else piece[-1:]:
+            px, py = scale(x, y)
+            out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" {look}><title>{escape(name)}'
+                       f': {y:.6g} at {x:.6g}</title></circle>')
+    return "".join(out)
+
+
+def svg_legend(names: list[str], looks: list[str], width: int, top: int) -> tuple[str, int]:
+    """Names with a piece of their curve, as many in a row as fit, and the height of all rows."""
+    out, x, y = [], 12, top + 8
+    for name, look in zip(names, looks):
+        name = name if len(name) <= width // 7 - 8 else "\u2026" + name[9 - width // 7:]
+        if x > 12 and x + 26 + 6.6 * len(name) > width:
+            x, y = 12, y + 17
+        out.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" {look}/>'
+                   f'<text x="{x + 24}" y="{y + 4}">{escape(name)}</text>')
+        x = round(x + 40 + 6.6 * len(name))
+    return "".join(out), y + 12 - top if names else 0
+
+
+def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: bool = False,
+              width: int = 360, height: int = 220) -> str:
+    """Curves of points (x, y), each with its name: one SVG for a page or for a file of its own.
+
+    A point that is not finite breaks its curve; log2_x needs x > 0. The y axis has round ends and
+    holds 0, unless the curves then took up less than half of it. One curve named as the title has
+    no legend. Up to 40 points a curve are marked, and say their numbers under a mouse. Legends
+    come below `height`.
+    """
+    left, right, top, bottom = 52, width - 18, 34, height - 26
+    found = [point for points in series.values() for point in points
+             if all(map(math.isfinite, point))] or [(1, 0)]
+    x0, x1, y0, y1 = (f(values) for values in zip(*found) for f in (min, max))
+    if y0 == y1 or not 0 < y1 / 2 < y0:
+        y0, y1 = min(y0, 0), max(y1, 0)
+    y_ticks = ticks(y0, y1 if y1 > y0 else 1, outer=True)
+    y0, y1 = y_ticks[0], y_ticks[-1]
+    to_axis = math.log2 if log2_x else float
+    x_ticks = ticks(x0, x1) if x1 > x0 else [x0]
+    u0, u1 = to_axis(x0), to_axis(x1)
+    if log2_x:
+        every = math.ceil((u1 - u0 + 1) * 56 / (right - left))
+        x_ticks = [2.0 ** u for u in range(math.ceil(u0), math.floor(u1) + 1, every)]
+    u0, u1 = (u0, u1) if u1 > u0 else (u0 - 1, u1 + 1)
+
+    def scale(x: float, y: float) -> tuple[float, float]:
+        return (left + (to_axis(x) - u0) / (u1 - u0) * (right - left),
                 bottom - (y - y0) / (y1 - y0) * (bottom - top))
-    pen.text((left, 10), title, "black", font_size=16)
-    for y in ticks(y0, y1):
-        pen.line([place(x0, y), place(x1, y)], (225, 225, 225))
-        pen.text((left - 8, place(x0, y)[1]), f"{y:.4g}", "black", anchor="rm", font_size=12)
-    for x in range(math.ceil(x0), math.floor(x1) + 1) if log2_x else ticks(x0, x1):
-        pen.line([place(x, y0), place(x, y1)], (240, 240, 240))
-        text = f"{2 ** x:.3g}" if log2_x else f"{x:,.6g}"
-        pen.text((place(x, y0)[0], bottom + 8), text, "black", anchor="mt", font_size=12)
-    for i, (name, points) in enumerate(series.items()):
-        color = CURVES[i % len(CURVES)]
-        run = []
-        for x, y in [*points, (math.nan, math.nan)]:
-            if math.isfinite(y):
-                run.append(place(scale_x(x), y))
-            elif run:
-                pen.line(run * (1 + (len(run) == 1)), color, 2)
-                pen.ellipse([run[-1][0] - 3, run[-1][1] - 3, run[-1][0] + 3, run[-1][1] + 3], color)
-                run = []
-        pen.line([right + 15, top + 12 + 22 * i, right + 35, top + 12 + 22 * i], color, 3)
-        pen.text((right + 42, top + 12 + 22 * i), name, "black", anchor="lm", font_size=12)
-    return image
+    looks = [f'stroke="{COLORS[i % len(COLORS)]}" stroke-dasharray="{DASHES[i // len(COLORS) % 3]}"'
+             for i in range(len(series))]
+    names = [] if list(series) == [title] else list(series)
+    legend, more = svg_legend(names, looks, width, height)
+    out = []
+    for y in y_ticks:
+        at = scale(x0, y)[1]
+        out.append(f'<line class="grid" x1="{left}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>'
+                   f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{short(y)}</text>')
+    for x in x_ticks:
+        out.append(f'<text x="{scale(x, y0)[0]:.1f}" y="{bottom + 17}" text-anchor="middle">'
+                   f'{short(float(f"{x:.3g}") if log2_x and x < 1 else x)}</text>')
+    out += [svg_curve(name, points, scale, look)
+            for (name, points), look in zip(series.items(), looks)]
+    return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" '
+            f'height="{height + more}" viewBox="0 0 {width} {height + more}" role="img" '
+            f'aria-label="{escape(title)}"><style>{CHART_STYLE}</style><rect width="100%" '
+            f'height="100%"/><text class="title" x="12" y="20">{escape(title)}</text>'
+            + "".join(out) + legend + "</svg>")
+
+
+def svg_column(charts: list[str]) -> str:
+    """Charts of one width below each other, in one SVG."""
+    out, y = "", 0
+    for chart in charts:
+        out += chart.replace("<svg ", f'<svg y="{y}" ', 1)
+        y += int(re.search(r'height="(\d+)"', chart)[1])
+    width = re.search(r'width="(\d+)"', charts[0])[1]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" '
+            f'viewBox="0 0 {width} {y}">{out}</svg>\n')
+
+
+def html_table(header: list[str], rows: list[list]) -> str:
+    """A table that scrolls inside its box. Numbers stand right, floats with four digits."""
+    def cell(value) -> str:
+        if isinstance(value, str):
+            return f"<td>{escape(value)}</td>"
+        return f'<td class="number">{value:.4g}</td>' if isinstance(value, float) else (
+            f'<td class="number">{value}</td>')
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return (f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def html_grid(parts: list[str]) -> str:
+    """Charts or images side by side, as many as fit; one below the other on a phone."""
+    return f'<div class="grid">{"".join(parts)}</div>'
+
+
+def html_image(image: Image.Image, alt: str, most: int = 720) -> str:
+    """An image of at most `most` px a side inside the page, with its text below."""
+    image, file = image.convert("RGB"), io.BytesIO()
+    image.thumbnail((most, most))
+    image.save(file, "JPEG", quality=85)
+    return (f'<figure><img alt="{escape(alt)}" width="{image.width}" height="{image.height}" '
+            f'src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+            f"<figcaption>{escape(alt)}</figcaption></figure>")
+
+
+def html_page(title: str, parts: list[str]) -> str:
+    """One file that needs no other: parts are HTML, as the functions above return it."""
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+            f"<style>{PAGE_STYLE}</style></head><body><h1>{escape(title)}</h1>\n"
+            + "\n".join(parts) + "</body></html>\n")
 
 
 class Log:

@@ -44,7 +44,7 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
-from draw import Log, contact_sheet, line_chart, print_plan
+from draw import Log, print_plan, svg_chart, svg_column
 from evaluate import evaluate, load_model, quiet_coco, save_people, to_input, val_batches
 from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
 from model import SIZES, YoloNasPose, decode, load_weights, sync_batch_norm
@@ -795,9 +795,9 @@ def dry_run(args: argparse.Namespace, train_set: CocoPose, curves: dict) -> None
     for line in describe(train_set):
         print(line)
     momentum = {"momentum": curves.pop("momentum")}
-    contact_sheet([line_chart(curves, "learning rate by optimizer step"),
-                   line_chart(momentum, "momentum (Adam: beta1) by optimizer step")],
-                  columns=1).save(f"{args.out}/curves.png")
+    with open(f"{args.out}/curves.svg", "w", encoding="utf-8") as f:
+        f.write(svg_column([svg_chart(part, f"{name} by optimizer step", width=720) for name, part
+                            in (("learning rate", curves), ("momentum (Adam: beta1)", momentum))]))
 
 
 def main() -> None:

@@ -289,7 +289,7 @@ def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small):
         assert part in done.stdout
     assert "  AP " not in done.stdout  # 20 steps complete 8 epochs
     assert sorted(p.name for p in (small / "dry").rglob("*")) == [
-        "curves.png", "dry_run", "first_batch.jpg", "lock"]
+        "curves.svg", "dry_run", "first_batch.jpg", "lock"]
 
 
 def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_path):

@@ -1,6 +1,6 @@
 """How much warmup widens the range of learning rates that work, and the README's picture of it.
 
-    python tests/warmup_scan.py docs/warmup.png          # about 25 minutes on one core
+    python tests/warmup_scan.py docs/warmup.svg          # about 25 minutes on one core
 
 Each run is one epoch of the drawn people at 64 px, 125 steps of 16 images, with and without 40 steps
 of warmup, at rates that double. A rate is stable if its run reaches at least half the mean OKS of
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from draw import contact_sheet, line_chart
+from draw import svg_chart, svg_column
 
 FLAGS = ["--image-size", "64", "--epochs", "1", "--batch-size", "16", "--lr-scale", "none",
          "--augment", "flip", "--ema-decay", "0.95", "--sigma-epochs", "1", "--eval-every", "1"]
@@ -44,8 +44,9 @@ def main() -> None:
             with_it, without = stable.values()
             print(optimizer, json.dumps(curves), f"largest stable rate {with_it:g} with, "
                   f"{without:g} without: ratio {with_it / without:g}", sep="\n", flush=True)
-            charts.append(line_chart(curves, f"{optimizer}: mean OKS by learning rate", log2_x=True))
-    contact_sheet(charts, columns=1).save(sys.argv[1])
+            charts.append(svg_chart(curves, f"{optimizer}: mean OKS by learning rate", log2_x=True,
+                                    width=720, height=300))
+    Path(sys.argv[1]).write_text(svg_column(charts), encoding="utf-8")
 
 
 if __name__ == "__main__":
