@@ -1,7 +1,9 @@
-"""What a person looks at: skeletons on images, many images on a sheet, a run's plan and progress.
+"""What a person looks at: skeletons on images, charts and pages, a run's plan and progress.
 
-Owns pixels that are for looking at, lines of the terminal and log.jsonl. Knows nothing about
-networks, files of labels or how training works; it imports numpy and Pillow.
+    python draw.py runs/a runs/b --out runs.html      # several runs in the same charts
+
+Owns pixels that are for looking at, SVG and HTML, lines of the terminal, log.jsonl and report.html.
+Knows nothing about networks, files of labels or how training works; it imports numpy and Pillow.
 """
 import argparse
 import base64
@@ -12,6 +14,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -29,10 +33,16 @@ CHART_STYLE = """.chart rect{fill:#fff}.chart text{fill:#57606a;font:11px system
 .chart line,.chart polyline{stroke-width:1.8;stroke-linejoin:round}.chart circle{fill:#fff}
 .chart .grid{stroke:#888;stroke-width:1;stroke-opacity:.25}@media(prefers-color-scheme:dark){
 .chart rect,.chart circle{fill:#16191d}.chart text{fill:#9aa4ae}.chart .title{fill:#e6e9ec}}"""
+# Numbers of log.jsonl that the report shows as curves; others beside the loss are its terms.
+EVALUATED = ("AP", "AP50", "AP75", "AR", "OKS", "mask_IoU")
+PACE = {"lr": "learning rate", "grad_norm": "gradient norm", "scores": "assigned scores an image",
+        "img_s": "images a second", "data_wait": "share of the time spent waiting for data",
+        "memory_gb": "largest memory, GB"}
 PAGE_STYLE = """:root{color-scheme:light dark;--ink:#1f2328;--soft:#57606a;--line:#d8dee4}
 body{margin:0 auto;max-width:1200px;padding:16px;color:var(--ink);background:#fff;
 font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:22px;margin:8px 0}
-h2{font-size:17px;margin:32px 0 8px}p,figcaption{color:var(--soft);margin:4px 0}
+h2{font-size:17px;margin:32px 0 8px}h3,summary{font-size:14px}
+p,figcaption{color:var(--soft);margin:4px 0}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
 .chart,img{display:block;width:100%;height:auto}figure{margin:0}
 .table{overflow:auto;max-height:420px;margin:8px 0}table{border-collapse:collapse;font-size:13px}
@@ -99,6 +109,13 @@ def ticks(low: float, high: float, outer: bool = False) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def with_zero(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis: it holds 0, unless the curves then took up less than half of it."""
+    if low == high or not 0 < high / 2 < low:
+        low, high = min(low, 0), max(high, 0)
+    return low, high if high > low else low + 1
+
+
 def short(value: float) -> str:
     """A number in few characters: 0.025, 2500, 12.5k, 2M."""
     for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -113,7 +130,7 @@ def escape(text: str) -> str:
 
 
 def svg_curve(name: str, points: list[tuple[float, float]], scale: Callable, look: str) -> str:
-    """One curve: what is not broken as a line; its end, and all of up to 40 points, as dots."""
+    """One curve: what is not broken as a line; its end, and all of up to 25 points, as dots."""
     pieces = [[]]
     for x, y in points:
         if math.isfinite(x) and math.isfinite(y):
@@ -124,7 +141,7 @@ def svg_curve(name: str, points: list[tuple[float, float]], scale: Callable, loo
     for piece in filter(None, pieces):
         places = " ".join(f"{px:.1f},{py:.1f}" for px, py in itertools.starmap(scale, piece))
         out.append(f'<polyline points="{places}" {look}/>')
-        for x, y in piece if len(points) <= 40 else piece[-1:]:
+        for x, y in piece if len(points) <= 25 else piece[-1:]:
             px, py = scale(x, y)
             out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" {look}><title>{escape(name)}'
                        f': {y:.6g} at {x:.6g}</title></circle>')
@@ -148,29 +165,26 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
               width: int = 360, height: int = 220) -> str:
     """Curves of points (x, y), each with its name: one SVG for a page or for a file of its own.
 
-    A point that is not finite breaks its curve; log2_x needs x > 0. The y axis has round ends and
-    holds 0, unless the curves then took up less than half of it. One curve named as the title has
-    no legend. Up to 40 points a curve are marked, and say their numbers under a mouse. Legends
-    come below `height`.
+    A point that is not finite breaks its curve; log2_x needs x > 0. The axes are with_zero's, and
+    y has round ends. One curve named as the title has no legend. Up to 25 points a curve are
+    marked, and say their numbers under a mouse. Legends come below `height`.
     """
     left, right, top, bottom = 52, width - 18, 34, height - 26
     found = [point for points in series.values() for point in points
              if all(map(math.isfinite, point))] or [(1, 0)]
     x0, x1, y0, y1 = (f(values) for values in zip(*found) for f in (min, max))
-    if y0 == y1 or not 0 < y1 / 2 < y0:
-        y0, y1 = min(y0, 0), max(y1, 0)
-    y_ticks = ticks(y0, y1 if y1 > y0 else 1, outer=True)
+    y_ticks = ticks(*with_zero(y0, y1), outer=True)
     y0, y1 = y_ticks[0], y_ticks[-1]
-    to_axis = math.log2 if log2_x else float
-    x_ticks = ticks(x0, x1) if x1 > x0 else [x0]
-    u0, u1 = to_axis(x0), to_axis(x1)
     if log2_x:
+        u0, u1 = math.log2(x0), max(math.log2(x1), math.log2(x0) + 1)
         every = math.ceil((u1 - u0 + 1) * 56 / (right - left))
         x_ticks = [2.0 ** u for u in range(math.ceil(u0), math.floor(u1) + 1, every)]
-    u0, u1 = (u0, u1) if u1 > u0 else (u0 - 1, u1 + 1)
+    else:
+        u0, u1 = with_zero(x0, x1)
+        x_ticks = ticks(u0, u1)
 
     def scale(x: float, y: float) -> tuple[float, float]:
-        return (left + (to_axis(x) - u0) / (u1 - u0) * (right - left),
+        return (left + ((math.log2(x) if log2_x else x) - u0) / (u1 - u0) * (right - left),
                 bottom - (y - y0) / (y1 - y0) * (bottom - top))
     looks = [f'stroke="{COLORS[i % len(COLORS)]}" stroke-dasharray="{DASHES[i // len(COLORS) % 3]}"'
              for i in range(len(series))]
@@ -178,11 +192,11 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
     legend, more = svg_legend(names, looks, width, height)
     out = []
     for y in y_ticks:
-        at = scale(x0, y)[1]
+        at = scale(x1, y)[1]
         out.append(f'<line class="grid" x1="{left}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>'
                    f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{short(y)}</text>')
     for x in x_ticks:
-        out.append(f'<text x="{scale(x, y0)[0]:.1f}" y="{bottom + 17}" text-anchor="middle">'
+        out.append(f'<text x="{scale(x, y1)[0]:.1f}" y="{bottom + 17}" text-anchor="middle">'
                    f'{short(float(f"{x:.3g}") if log2_x and x < 1 else x)}</text>')
     out += [svg_curve(name, points, scale, look)
             for (name, points), look in zip(series.items(), looks)]
@@ -209,8 +223,7 @@ def html_table(header: list[str], rows: list[list]) -> str:
     def cell(value) -> str:
         if isinstance(value, str):
             return f"<td>{escape(value)}</td>"
-        return f'<td class="number">{value:.4g}</td>' if isinstance(value, float) else (
-            f'<td class="number">{value}</td>')
+        return f'<td class="number">{short(value) if isinstance(value, float) else value}</td>'
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return (f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
@@ -240,6 +253,121 @@ def html_page(title: str, parts: list[str]) -> str:
             + "\n".join(parts) + "</body></html>\n")
 
 
+def write_text(path: str, text: str) -> None:
+    """Write a file so that readers find the old one or the new one whole."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def read_log(folder: str) -> list[dict]:
+    """The lines of a run's log.jsonl. Raises ValueError and OSError."""
+    path = os.path.join(folder, "log.jsonl")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} not found; expected a folder that train.py wrote, its "
+                                f"--out")
+    lines = []
+    with open(path, encoding="utf-8") as f:
+        for number, text in enumerate(f, 1):
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                raise ValueError(f"{path}: line {number} is {text[:40].strip()!r}, expected json; "
+                                 f"remove it if it was cut off") from None
+    if not lines:
+        raise ValueError(f"{path} is empty; wait for the run's first line, at step 5")
+    return lines
+
+
+def thin(points: list[tuple[float, float]], most: int = 600) -> list[tuple[float, float]]:
+    """About `most` points of a longer curve: of each stretch the ends of its range, and a break."""
+    size, kept = math.ceil(2 * len(points) / most), []
+    if size <= 2:
+        return points
+    for i in range(0, len(points), size):
+        part = points[i:i + size]
+        finite = sorted((p for p in part if math.isfinite(p[1])), key=lambda p: p[1])
+        kept += sorted({*finite[:1], *finite[-1:],
+                        *[p for p in part if not math.isfinite(p[1])][:1]})
+    return [*kept, points[-1]]
+
+
+def progress(runs: dict[str, list[dict]]) -> dict[str, list[str]]:
+    """Charts over the steps, one for each number of the logs, by heading; a run keeps its color."""
+    curves = {}  # number -> run -> points
+    for run, lines in runs.items():
+        for line in lines:
+            for name in line.keys() - {"step", "epoch", "skipped", "not_finite"}:
+                value = math.nan if line[name] == -1 else line[name]  # nobody of that size
+                if "average of" not in line:
+                    curves.setdefault(name, {}).setdefault(run, []).append((line["step"], value))
+    terms = [name for lines in runs.values() for line in lines if "loss" in line
+             for name in line if name in curves and name not in PACE]
+    headings = {"Evaluation": EVALUATED, "Loss": dict.fromkeys(terms), "Optimizer and machine": PACE}
+    return {heading: [
+        svg_chart({title if len(runs) == 1 else run: thin(curves[name].get(run, []))
+                   for run in runs}, title)
+        for name in names if name in curves for title in [PACE.get(name, name)]]
+        for heading, names in headings.items()}
+
+
+def log_tables(lines: list[dict]) -> list[str]:
+    """Numbers of a log as tables that open: all evaluations, last skipped steps, 200 of its lines.
+
+    The newest are on top.
+    """
+    trained = [line for line in lines if "loss" in line]
+    every = math.ceil(len(trained) / 200) or 1
+    kinds = [("Evaluations", [line for line in lines if "AP" in line]),
+             ("Skipped steps, the last 100", [line for line in lines if "skipped" in line][-100:]),
+             (f"Lines of the log{f', one of {every}' * (every > 1)}",
+              [*reversed(trained[::-every])])]
+    out = []
+    for title, kind in kinds:
+        header = list(dict.fromkeys(name for line in kind for name in line))
+        rows = [[", ".join(line[name]) if name == "not_finite" else
+                 "" if line.get(name, -1) == -1 else line[name] for name in header]
+                for line in reversed(kind)]
+        if rows:
+            out.append(f"<details><summary>{title}</summary>{html_table(header, rows)}</details>")
+    return out
+
+
+def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] = (),
+                figures: Sequence[str] = ()) -> str:
+    """All about one run, or several runs in the same charts, as one HTML file.
+
+    starts are the printed plans of a run, one each time it was started; figures are html_image's.
+    """
+    rows = []
+    for run, lines in runs.items():
+        best = max((line for line in lines if "AP" in line and "epoch" in line),
+                   key=lambda line: line["AP"], default={})
+        last = [line for line in lines if "loss" in line][-1:] or [{}]
+        skipped = max(line.get("skipped", 0) for line in lines)
+        rows.append([run, lines[-1]["step"], last[0].get("epoch", ""), last[0].get("loss", ""),
+                     best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""), skipped])
+    parts = [html_table(["run", "step", "epoch", "last loss", "best AP", "its OKS", "after epoch",
+                         "skipped steps"], rows)]
+    for heading, charts in progress(runs).items():
+        parts += [f"<h2>{heading}</h2>", html_grid(charts)] if charts else []
+        if heading == "Loss" and charts:
+            parts.insert(-1, "<p>It rises while the tolerance of keypoints narrows "
+                         "(--sigma-epochs); AP and OKS tell then.</p>")
+        if heading == "Evaluation" and figures:
+            parts += ["<h2>Validation images</h2><p>Left the labels, right what the averaged "
+                      "weights predict with a score of 0.3 or more. OKS: mean over an image's "
+                      "labeled people of their best detection's, whatever its score.</p>",
+                      html_grid(figures)]
+    parts.append("<h2>Numbers</h2>")
+    for run, lines in runs.items():
+        parts += [f"<h3>{escape(run)}</h3>"] * (len(runs) > 1) + log_tables(lines)
+    for i, start in enumerate(reversed(starts)):
+        heading = "An earlier start" if i else "Command and plan"
+        parts.append(f"<h2>{heading}</h2><pre>{escape(start)}</pre>")
+    return html_page(title, parts)
+
+
 class Log:
     """Progress lines and log.jsonl, one line an interval, from rank 0."""
 
@@ -251,14 +379,16 @@ class Log:
         self.global_batch, self.images = global_batch, images
         self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
         self.taken, self.waited, self.interval = 0, 0.0, time.time()  # by this process alone
+        self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
 
     def state_dict(self) -> dict:
         size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        return {"sums": self.sums, "steps": self.steps, "bytes": size}
+        return {"sums": self.sums, "steps": self.steps, "bytes": size, "starts": self.starts}
 
     def load_state_dict(self, state: dict) -> None:
         """Forget what was written after the checkpoint: those steps are done again."""
         self.sums, self.steps = state["sums"], state["steps"]
+        self.starts = state.get("starts", [])  # files of older versions have none
         if self.path and os.path.exists(self.path):
             os.truncate(self.path, min(state["bytes"], os.path.getsize(self.path)))
 
@@ -278,8 +408,18 @@ class Log:
         print(f"{of} {number}  " + "  ".join(known), flush=True)
         self.interval = time.time()
 
+    def report(self, pictures: list[tuple[str, Image.Image]]) -> None:
+        """Write report.html anew, from log.jsonl and validation images with their captions."""
+        folder = os.path.dirname(self.path)
+        self.figures = [html_image(image, caption) for caption, image in pictures] or self.figures
+        write_text(os.path.join(folder, "report.html"), report_page(
+            folder, {folder: read_log(folder)}, self.starts, self.figures))
+        self.interval = time.time()  # not of the next steps' time
+
     def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
-        """Say how the run ended."""
+        """Say how the run ended, and bring the report up to date if this process evaluated."""
+        if self.figures:
+            self.report([])
         state = "stopped early" if early else "done" if step >= self.total_steps else "stopped"
         ap = f"best AP {best:.4f} after epoch {best_epoch}" if best_epoch else "not evaluated yet"
         print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}")
@@ -326,28 +466,51 @@ class Log:
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
                images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
-               peak_lr: float, device: str) -> None:
-    """Every resolved value and where it came from, and what they turn into on this machine.
+               peak_lr: float, device: str) -> str:
+    """Print and return the command, every resolved value and where it came from, and what they
+    turn into on this machine.
 
     images to train on and to evaluate; batch is processes and images a step; steps are those of
     all epochs, done, to do now, of the warmup, and while the keypoint tolerance narrows.
     """
-    groups = {}
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc-per-node {processes} " if processes else "python "
+    groups, lines = {"command": [launcher + shlex.join(sys.argv)]}, []
     for name, origin in source.items():
         if getattr(args, name) is not None:
             groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
     for origin, values in groups.items():
-        print(textwrap.fill(", ".join(values), 100, initial_indent=f"{origin:13} ",
-                            subsequent_indent=14 * " ", break_on_hyphens=False))
+        lines.append(textwrap.fill(", ".join(values), 100, initial_indent=f"{origin:13} ",
+                                   subsequent_indent=14 * " ", break_on_hyphens=False,
+                                   break_long_words=False))
     for name, tensors in report.items():
-        print(f"weights {name} {len(tensors)}" + (
+        lines.append(f"weights {name} {len(tensors)}" + (
             f": {', '.join(tensors[:6])}{' ...' * (len(tensors) > 6)}" * (name != "loaded")))
-    print(f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
-          f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
-          f"micro-batches = {batch[1]}\n"
-          f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
-          f"peak lr       {peak_lr:.2e} from {args.lr:.2e} for {args.lr_batch} images a step, "
-          f"scaling {args.lr_scale}\n"
-          f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]}\n"
-          f"device        {device}, amp {args.amp}, {args.workers} loader processes\n"
-          f"ETA           measured on the first steps, see below", flush=True)
+    lines.append(
+        f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
+        f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
+        f"micro-batches = {batch[1]}\n"
+        f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
+        f"peak lr       {peak_lr:.2e} from {args.lr:.2e} for {args.lr_batch} images a step, "
+        f"scaling {args.lr_scale}\n"
+        f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]}\n"
+        f"device        {device}, amp {args.amp}, {args.workers} loader processes")
+    print(*lines, "ETA           measured on the first steps, see below", sep="\n", flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Show runs of train.py in the same charts.")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder with a log.jsonl")
+    p.add_argument("--out", default="runs.html", metavar="FILE", help="default: runs.html")
+    args = p.parse_args()
+    try:
+        runs = {run: read_log(run) for run in args.runs}
+        write_text(args.out, report_page("Runs" if len(runs) > 1 else args.runs[0], runs))
+    except (ValueError, OSError) as error:
+        sys.exit(f"draw.py: {error}")
+    print(f"{args.out}: {sum(map(len, runs.values()))} lines of {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ from torchvision.ops import nms
 from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_split, fit_image,
                   flatten, make_loader, read_json, read_skeleton, undo)
 from draw import contact_sheet, draw_people
+from loss import oks
 from model import Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
@@ -184,27 +186,75 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
 
 
 @torch.no_grad()
-def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
-                model: nn.Module | None = None) -> None:
-    """A sheet of up to 16 inputs with their labels, or with what a model (in eval mode) sees.
+def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
+                 model: nn.Module | None = None) -> list[Image.Image]:
+    """Inputs with their labels, or with what a model (in eval mode) sees. keys: (epoch, index).
 
-    keys are (epoch, index). Of predictions those of score 0.3 or more are drawn.
+    Of predictions those of score 0.3 or more are drawn.
     """
     names, edges = dataset.skeleton.names, dataset.skeleton.edges
-    samples = [dataset[key] for key in keys[:16]]
+    samples = [dataset[key] for key in keys]
     sheet = [Image.fromarray(sample["image"]) for sample in samples]
     if model is None:
-        sheet = [draw_people(image, sample["boxes"], sample["keypoints"], names, edges)
-                 for image, sample in zip(sheet, samples)]
-    else:
-        out = decode(model(to_input(collate(samples)[0], model)))
-        pose = torch.cat([out.keypoints, out.kpt_scores[..., None]], -1)            # (B, A, K, 3)
-        for i, image in enumerate(sheet):
-            kept = select(out.boxes[i], out.scores[i], conf=0.3)                    # (D,)
-            boxes, poses, scores = (t[i, kept].cpu().numpy()
-                                    for t in (out.boxes, pose, out.scores))
-            sheet[i] = draw_people(image, boxes, poses, names, edges, scores)
-    contact_sheet(sheet).save(path, quality=90)
+        return [draw_people(image, sample["boxes"], sample["keypoints"], names, edges)
+                for image, sample in zip(sheet, samples)]
+    out = decode(model(to_input(collate(samples)[0], model)))
+    pose = torch.cat([out.keypoints, out.kpt_scores[..., None]], -1)                # (B, A, K, 3)
+    for i, image in enumerate(sheet):
+        kept = select(out.boxes[i], out.scores[i], conf=0.3)                        # (D,)
+        boxes, poses, scores = (t[i, kept].cpu().numpy() for t in (out.boxes, pose, out.scores))
+        sheet[i] = draw_people(image, boxes, poses, names, edges, scores)
+    return sheet
+
+
+def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
+                model: nn.Module | None = None) -> None:
+    """A sheet of up to 16 of draw_samples' pictures."""
+    contact_sheet(draw_samples(dataset, keys[:16], model)).save(path, quality=90)
+
+
+def best_oks(people: list[dict], found: list[dict], sigmas: Sequence[float]) -> list[float]:
+    """For each labeled person of an image the OKS of its best detection.
+
+    people are annotations of a json, found results of to_coco.
+    """
+    people = [p for p in people if p["num_keypoints"] and not p["iscrowd"]]
+    if not people or not found:
+        return [0.0] * len(people)
+    true, pred = (torch.tensor([r["keypoints"] for r in rows], dtype=torch.float64).reshape(
+        len(rows), -1, 3) for rows in (people, found))                            # (., K, 3)
+    area = torch.tensor([p["area"] for p in people], dtype=torch.float64)         # (M,)
+    pairs = oks(pred[:, None, :, :2], true[..., :2], true[..., 2] > 0, area,
+                torch.tensor(sigmas, dtype=torch.float64))                        # (D, M)
+    return pairs.amax(0).tolist()
+
+
+def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[int, list[dict]],
+             most: int = 500) -> list[tuple[str, Image.Image]]:
+    """Three images each where the model is worst, best and between: captions and pictures.
+
+    A picture has labels on the left and predictions on the right. by_image is evaluate's. What
+    ranks an image is the mean of best_oks. At most `most` are ranked, evenly spread over those
+    with a labeled person, so that the cost does not grow with the set.
+    """
+    ranked = []
+    ids = [(i, n) for i, n in enumerate(dataset.annotations.ids.tolist()) if any(
+        p["num_keypoints"] and not p["iscrowd"] for p in truth.imgToAnns[n])]
+    for i, image_id in ids[::math.ceil(len(ids) / most) or 1]:
+        values = best_oks(truth.imgToAnns[image_id], by_image[image_id], dataset.skeleton.sigmas)
+        ranked.append((sum(values) / len(values), i))
+    ranked.sort()
+    each = min(3, math.ceil(len(ranked) / 3))
+    middle, names = (len(ranked) - each) // 2, {}
+    for name, part in (("worst", ranked[:each]), ("best", ranked[-each:]),
+                       ("median", ranked[middle:middle + each])):
+        for _, i in part:
+            names.setdefault(i, name)
+    chosen = [(i, value) for value, i in ranked if i in names]
+    keys = [(0, i) for i, _ in chosen]
+    pairs = zip(draw_samples(dataset, keys), draw_samples(dataset, keys, model)) if keys else ()
+    return [(f"{names[i]}: OKS {value:.2f}, {dataset.annotations.files[i]}",
+             contact_sheet(list(pair), 2)) for (i, value), pair in zip(chosen, pairs)]
 
 
 def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list:

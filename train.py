@@ -44,8 +44,8 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
-from draw import Log, print_plan, svg_chart, svg_column
-from evaluate import evaluate, load_model, quiet_coco, save_people, to_input, val_batches
+from draw import Log, print_plan, svg_chart, svg_column, write_text
+from evaluate import evaluate, extremes, load_model, quiet_coco, save_people, to_input, val_batches
 from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
 from model import SIZES, YoloNasPose, decode, load_weights, sync_batch_norm
 from people import draw_dataset
@@ -759,7 +759,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
     does no checkpoint need it.
     """
     dataset = loader.dataset
-    metrics, _ = evaluate(ema.model, loader, truth, dataset.skeleton.sigmas)
+    metrics, by_image = evaluate(ema.model, loader, truth, dataset.skeleton.sigmas)
     best, at.evaluated = stopper.best, epoch
     at.stopped = stopper.update(metrics["AP"], epoch)
     listed = [f"best_{e}.pt" for _, e in at.best]
@@ -768,6 +768,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
         log.evaluation(at.step, "epoch", epoch, metrics)
         save_people(f"{args.out}/predictions.jpg", dataset,
                     [(0, i) for i in range(min(16, len(dataset)))], ema.model)
+        log.report(extremes(ema.model, dataset, truth, by_image))
         content = {**about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]}
         if stopper.best > best:
             write_atomically(f"{args.out}/best.pt", content)
@@ -794,10 +795,9 @@ def dry_run(args: argparse.Namespace, train_set: CocoPose, curves: dict) -> None
     """
     for line in describe(train_set):
         print(line)
-    momentum = {"momentum": curves.pop("momentum")}
-    with open(f"{args.out}/curves.svg", "w", encoding="utf-8") as f:
-        f.write(svg_column([svg_chart(part, f"{name} by optimizer step", width=720) for name, part
-                            in (("learning rate", curves), ("momentum (Adam: beta1)", momentum))]))
+    momentum = svg_chart({"momentum": curves.pop("momentum")}, "momentum (Adam: beta1)", width=720)
+    rates = svg_chart(curves, "learning rate by optimizer step", width=720)
+    write_text(f"{args.out}/curves.svg", svg_column([rates, momentum]))
 
 
 def main() -> None:
@@ -864,9 +864,9 @@ def main() -> None:
                                  **{name: part.state_dict() for name, part in parts.items()}})
 
     if rank == 0 and at.step < stop and not at.stopped:
-        print_plan(args, source, report, (images, len(val_set)), (world_size, global_batch),
-                   (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr,
-                   str(device))
+        log.starts.append(print_plan(
+            args, source, report, (images, len(val_set)), (world_size, global_batch),
+            (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
         if args.dry_run:
             dry_run(args, train_set, curves(scheduler, plan, warmup, args.warmup_momentum,
                                             args.momentum))

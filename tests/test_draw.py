@@ -1,0 +1,366 @@
+"""Charts point by point, pages as a browser reads them, and a run whose report changes no bit."""
+import base64
+import html
+import io
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from argparse import Namespace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import draw
+import evaluate
+from data import COCO_NAMES, COCO_SIGMAS, CocoPose, flatten, read_json, read_skeleton
+from draw import (Log, html_image, html_page, html_table, report_page, svg_chart, svg_column, thin,
+                  ticks)
+from evaluate import best_oks, extremes, keypoint_ap, quiet_coco
+from model import YoloNasPose
+from people import draw_dataset
+from test_evaluate import coco_file, detections
+
+ROOT, SVG = Path(__file__).parents[1], "{http://www.w3.org/2000/svg}"
+HOSTILE = "</text><script>alert('1')</script>\"&\x1b\udc80<b a='"
+
+
+class Page(HTMLParser):
+    """Tags in order, text, tables and images of a page; fails where tags are not balanced."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.text, self.attrs = [], [], "", []
+        self.tables, self.images = [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attrs += [name for name, _ in attrs]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+
+def lines_of(svg: str) -> list[list[tuple[float, float]]]:
+    """The places of all curves' points in a chart, px."""
+    return [[tuple(map(float, place.split(","))) for place in line.get("points").split()]
+            for line in ET.fromstring(svg).iter(SVG + "polyline")]
+
+
+def labels_of(svg: str) -> list[str]:
+    return [text.text for text in ET.fromstring(svg).iter(SVG + "text")]
+
+
+def test_points_lie_where_the_axes_say():
+    """By hand: the axes' corner is at (52, 194), their ends at 342 and 34."""
+    chart = svg_chart({"AP": [(0, 0.0), (50, 0.5), (75, 0.75), (100, 1.0)]}, "AP")
+    assert lines_of(chart) == [[(52, 194), (197, 114), (269.5, 74), (342, 34)]]
+    assert labels_of(chart) == ["AP", "0", "0.2", "0.4", "0.6", "0.8", "1",
+                                "0", "20", "40", "60", "80", "100"]
+    rounded = svg_chart({"a": [(0, 0.1), (10, 0.43)]}, "a")  # 0 to 0.5, at 320 px a unit
+    assert lines_of(rounded) == [[(52, 162), (342, 56.4)]]
+    near = svg_chart({"a": [(600, 0.91), (1000, 0.95)]}, "a")  # 0 is far from both
+    assert lines_of(near) == [[(52, 194), (342, 34)]] and labels_of(near)[1] == "0.91"
+    negative = svg_chart({"a": [(0, -3.0), (10, 1.0)]}, "a")
+    assert lines_of(negative) == [[(52, 194), (342, 34)]]
+    doubled = svg_chart({"a": [(1, 0.0), (2, 1.0), (8, 0.0)]}, "a", log2_x=True)
+    assert [round(x, 1) for x, _ in lines_of(doubled)[0]] == [52, 148.7, 342]
+    assert labels_of(doubled)[-4:] == ["1", "2", "4", "8"]
+    wide = svg_chart({"a": [(0, 0.0), (1, 1.0)]}, "a", width=720, height=300)
+    assert lines_of(wide) == [[(52, 274), (702, 34)]]
+
+
+def test_what_is_not_finite_breaks_a_curve_and_nothing_else():
+    broken = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, -math.inf), (5, 2.0), (6, 1.0)]
+    chart = svg_chart({"a": broken}, "a")
+    assert [len(line) for line in lines_of(chart)] == [2, 1, 2]
+    assert chart.count("<circle") == 5
+    whole = svg_chart({"a": [(i, y if math.isfinite(y) else 1.5) for i, y in broken]}, "a")
+    assert [p for line in lines_of(chart) for p in line] == [
+        p for i, p in enumerate(lines_of(whole)[0]) if i not in (2, 4)]
+    long = svg_chart({"a": [(i, 1.0) for i in range(30)]}, "a")
+    assert long.count("<circle") == 1 and 'cx="342.0"' in long  # only its end is marked
+    for nothing in ({}, {"a": []}, {"a": [(1, math.nan)]}):
+        assert lines_of(svg_chart(nothing, "a")) == []
+    assert lines_of(svg_chart({"a": [(7, 0.0)]}, "a")) == [[(342, 194)]]
+
+
+def test_ticks_are_round_few_and_on_the_right_side():
+    rng = random.Random(0)
+    for _ in range(500):
+        low = rng.uniform(-1, 1) * 10 ** rng.randint(-6, 6)
+        high = low + 10 ** rng.uniform(-2, 1) * max(abs(low), 1e-6)
+        inner, outer = ticks(low, high), ticks(low, high, outer=True)
+        step = outer[1] - outer[0]
+        digits = f"{step:.5e}"
+        assert digits[:7] in ("1.00000", "2.00000", "5.00000")
+        slack = 1e-5 * step
+        assert 3 <= len(inner) <= 9 and len(outer) <= 10
+        assert low - slack <= inner[0] < low + step and high - step < inner[-1] <= high + slack
+        assert low - step < outer[0] <= low + slack and high - slack <= outer[-1] < high + step
+
+
+def test_a_long_curve_is_thinned_but_for_its_peaks_and_breaks():
+    rng = random.Random(0)
+    points = [(float(i), rng.random()) for i in range(20_000)]
+    points[7_777] = (7_777.0, 9.0)
+    points[12_345] = (12_345.0, math.nan)
+    few = thin(points)
+    assert len(few) <= 602 and [x for x, _ in few] == sorted(x for x, _ in few)
+    assert {(7_777.0, 9.0), points[-1], min(points, key=lambda p: p[1])} <= set(few) <= set(points)
+    assert [x for x, y in few if math.isnan(y)] == [12_345]
+    assert thin(points[:600]) == points[:600]
+
+
+def test_legends_name_curves_fit_and_grow_downwards():
+    names = [f"runs/number-{i}" for i in range(20)] + ["x" * 500 + "end"]
+    chart = svg_chart({name: [(0, i), (1, i)] for i, name in enumerate(names)}, "loss")
+    root = ET.fromstring(chart)
+    height = float(root.get("viewBox").split()[3])
+    assert labels_of(chart)[-21:-1] == names[:-1] and labels_of(chart)[-1].endswith("end")
+    for text in root.iter(SVG + "text"):
+        assert 0 < float(text.get("y")) < height
+        if text.text in names or text.text.endswith("end"):
+            assert float(text.get("x")) + 6 * len(text.text) < 360
+    looks = {(line.get("stroke"), line.get("stroke-dasharray"))
+             for line in root.iter(SVG + "polyline")}
+    assert len(looks) == 21
+    assert len(labels_of(svg_chart({"a": [(0, 0), (1, 5)]}, "a"))) < len(
+        labels_of(svg_chart({"a": [(0, 0), (1, 5)]}, "b")))
+    column = ET.fromstring(svg_column([chart, chart]))
+    assert [float(part.get("y")) for part in column] == [0, height]
+    assert float(column.get("height")) == 2 * height
+
+
+def test_a_hostile_name_stays_text():
+    chart = svg_chart({HOSTILE: [(0, 1.0)], "b": [(1, 2.0)]}, HOSTILE)
+    shown = HOSTILE.replace("\x1b", "□").replace("\udc80", "□")
+    assert labels_of(chart)[0] == shown  # a legend shows the end of it
+    assert {e.tag.removeprefix(SVG) for e in ET.fromstring(chart).iter()} == {
+        "svg", "style", "rect", "text", "line", "polyline", "circle", "title"}
+    lines = [{"step": 1, "loss": 1.0, HOSTILE: 2.0},
+             {"step": 1, "skipped": 1, "not_finite": [HOSTILE]}]
+    page = Page(report_page(HOSTILE, {HOSTILE: lines, "b": lines}, [HOSTILE],
+                            [html_image(Image.new("RGB", (9, 9)), HOSTILE)]))
+    assert page.text.count(shown) >= 6 and page.images[0]["alt"] == shown
+    assert "script" not in page.tags and "b" not in page.tags
+    assert not any(name.startswith("on") or name == "a" for name in page.attrs)
+
+
+def test_pages_need_no_other_file_and_images_come_back():
+    pixels = np.linspace(0, 255, 30 * 40 * 3).reshape(30, 40, 3).astype(np.uint8)
+    page = Page(html_page("t", [html_image(Image.fromarray(pixels), "small"),
+                                html_image(Image.new("RGB", (2000, 1000), "red"), "large")]))
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    small, large = (Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+                    for image in page.images)
+    assert np.abs(np.asarray(small).astype(int) - pixels).mean() < 5
+    assert large.size == (720, 360) == (int(page.images[1]["width"]), int(page.images[1]["height"]))
+    text = html_table(["a", "b<"], [["x&", 1], [0.12345, math.nan], [-1234567.0, 20_000.0]])
+    assert Page(text).tables == [[["a", "b<"], ["x&", "1"], ["0.1235", "nan"], ["-1.235M", "20k"]]]
+    for source in re.findall(r'(?:src|href|url)\W+(\S{9})', html_page("t", [])):
+        assert source.startswith("data:")
+
+
+def made_up_log(folder: Path, seed: int) -> list[dict]:
+    """A log of 12 lines, 3 evaluations, one of nobody that is large, 2 skipped steps."""
+    rng, lines = random.Random(seed), []
+
+    def number() -> float:
+        return rng.randint(1, 9999) / 1000
+    for step in range(5, 65, 5):
+        lines.append({"step": step, "epoch": step / 20, **{name: number() for name in (
+            "loss", "cls", "pose_reg", "scores", "lr", "grad_norm", "img_s", "data_wait",
+            "memory_gb")}})
+        if step in (10, 35):
+            lines.append({"step": step, "skipped": 1 + step // 30, "not_finite": ["pose_reg"]})
+        if step % 20 == 0:
+            lines.append({"step": step, "epoch": step // 20, "AP": number(), "AP50": number(),
+                          "AP75": number(), "AP_large": -1.0, "AR": number(), "OKS": number()})
+    lines.append({**lines[-1], "average of": 2, "AP": 0.1234})
+    del lines[-1]["epoch"]
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def run_main(monkeypatch, *args) -> None:
+    monkeypatch.setattr(sys, "argv", ["draw.py", *map(str, args)])
+    draw.main()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_number_of_the_logs_is_in_a_table_and_in_a_curve(tmp_path, monkeypatch, count):
+    logs = {str(tmp_path / f"run {i}"): made_up_log(tmp_path / f"run {i}", i) for i in range(count)}
+    run_main(monkeypatch, *logs, "--out", tmp_path / "all.html")
+    page = Page((tmp_path / "all.html").read_text())
+    charts = re.findall(r"<svg.*?</svg>", (tmp_path / "all.html").read_text(), re.S)
+    assert len(charts) == 5 + 3 + 6
+    summary, *tables = page.tables
+    assert len(tables) == 3 * count
+    for i, (run, lines) in enumerate(logs.items()):
+        kinds = [[line for line in lines if key in line] for key in ("AP", "skipped", "loss")]
+        for (header, *rows), kind in zip(tables[3 * i:3 * i + 3], kinds):
+            assert len(rows) == len(kind)
+            for row, line in zip(rows, reversed(kind)):
+                found = {name: cell for name, cell in zip(header, row) if cell}
+                assert found.pop("not_finite", None) == line.get("not_finite", [None])[0]
+                assert {name: float(cell) for name, cell in found.items()} == {
+                    name: value for name, value in line.items()
+                    if value != -1 and name != "not_finite"}
+        best = max(kinds[0][:-1], key=lambda line: line["AP"])
+        assert summary[i + 1] == [run, "60", "3", *(f"{v:.4g}" for v in (
+            kinds[2][-1]["loss"], best["AP"], best["OKS"])), str(best["epoch"]), "2"]
+        titles = draw.PACE
+        for line in kinds[0][:-1] + kinds[2]:
+            for name in line.keys() - {"step", "epoch", "AP_large"}:
+                chart, = (c for c in charts if labels_of(c)[0] == titles.get(name, name))
+                curve = run if count > 1 else titles.get(name, name)
+                assert f"<title>{html.escape(curve)}: {line[name]:.6g} at {line['step']}<" in chart
+    for chart in charts:
+        shown = {line.get("stroke") for line in ET.fromstring(chart).iter(SVG + "polyline")}
+        assert shown == set(draw.COLORS[:count])  # a run has its color in all charts
+
+
+def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch):
+    made_up_log(tmp_path / "good", 0)
+    for name, text, said in (("none", None, "log.jsonl not found; expected a folder"),
+                             ("empty", "", "is empty; wait"),
+                             ("cut", '{"step": 5}\n{"step": 1', "line 2 is '{\"step\": 1'")):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "log.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as end:
+            run_main(monkeypatch, tmp_path / "good", tmp_path / name, "--out", tmp_path / "x.html")
+        assert end.value.code.startswith("draw.py: ") and said in end.value.code
+        assert "\n" not in end.value.code and not list(tmp_path.glob("x.html*"))
+    with pytest.raises(SystemExit, match="draw.py: .*no/x.html"):
+        run_main(monkeypatch, tmp_path / "good", "--out", tmp_path / "no" / "x.html")
+
+
+def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
+    log = Log(Namespace(out=str(tmp_path), dry_run=False, log_every=9), 0, 20, 4, 40, ("cls",))
+    log.skip(0, 1, Namespace(sums=[1.0, math.inf]))
+    log.report([])
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Evaluation" not in page.text and not page.images and "svg" not in page.tags
+    assert page.tables[1] == [["step", "skipped", "not_finite"], ["0", "1", "cls"]]
+    log.starts = ["first plan", "plan <2>"]
+    log.evaluation(3, "epoch", 1, {"AP": 0.25, "AR": -1.0, "OKS": 0.5})
+    log.report([("worst: OKS 0.10", Image.new("RGB", (20, 10), "red"))])
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.text.index("plan <2>") < page.text.index("An earlier start") < page.text.index(
+        "first plan") and page.images[0]["width"] == "20"
+    assert page.tables[0][1] == [str(tmp_path), "3", "", "", "0.25", "0.5", "1", "1"]
+    assert page.tables[1] == [["step", "epoch", "AP", "AR", "OKS"], ["3", "1", "0.25", "", "0.5"]]
+    assert [len(line) for line in lines_of(re.search("<svg.*?</svg>", (
+        tmp_path / "report.html").read_text(), re.S)[0])] == [1]
+    log.end(3, False, 0.25, 1, str(tmp_path))  # the last lines and the images stay
+    assert Page((tmp_path / "report.html").read_text()).images == page.images
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "report.html"}
+
+
+def test_the_oks_that_ranks_images_is_the_metrics():
+    """Person by person, on the reference's detections: their mean is keypoint_ap's OKS."""
+    dump = np.load(Path(__file__).parent / "metric.npz")
+    labels = coco_file(dump["gt"])
+    by_image = detections(dump["dt"], [image["id"] for image in labels["images"]])
+    truth = quiet_coco(labels)
+    values = [value for n, found in by_image.items()
+              for value in best_oks(truth.imgToAnns[n], found, COCO_SIGMAS)]
+    assert np.mean(values) == pytest.approx(keypoint_ap(truth, by_image, COCO_SIGMAS)["OKS"],
+                                            abs=1e-6)
+    assert best_oks(labels["annotations"][:1], [], COCO_SIGMAS) == [0.0]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("draw") / "people"
+    draw_dataset(str(root), train=10, val=14, side=64)
+    return root
+
+
+def test_the_worst_median_and_best_images_are_found_and_few_are_opened(people, monkeypatch):
+    """Detections are labels moved by more px the higher the image's number."""
+    labels = read_json(f"{people}/annotations/person_keypoints_val2017.json")
+    dataset = CocoPose(flatten(labels), f"{people}/val2017", read_skeleton(labels), 64, "center")
+    truth, moved = quiet_coco(labels), {}
+    for n, image in enumerate(sorted(image["id"] for image in labels["images"])):
+        xyv = [np.reshape(a["keypoints"], (-1, 3)) + [n, 0, 0] for a in truth.imgToAnns[image]]
+        moved[image] = [{"keypoints": p.ravel().tolist(), "score": 1.0} for p in xyv]
+    shown = [i for i, n in enumerate(dataset.annotations.ids.tolist()) if truth.imgToAnns[n]]
+    assert len(shown) >= 10
+    opened, ranked = [], []
+    real, real_oks = CocoPose.__getitem__, evaluate.best_oks
+    monkeypatch.setattr(CocoPose, "__getitem__",
+                        lambda self, key: opened.append(key) or real(self, key))
+    monkeypatch.setattr(evaluate, "best_oks", lambda *a: ranked.append(1) or real_oks(*a))
+    model = YoloNasPose("n").eval()
+    pictures = extremes(model, dataset, truth, moved)
+    assert len(ranked) == len(shown) and len(opened) == 18 and not model.training
+    kinds, values, files = zip(*(re.match(r"(\w+): OKS (\S+), (.*)", text).groups()
+                                 for text, _ in pictures))
+    assert kinds == ("worst",) * 3 + ("median",) * 3 + ("best",) * 3
+    assert sorted(values) == list(values) and float(values[-1]) == 1
+    assert set(files[-3:]) == {str(dataset.annotations.files[i]) for i in shown[:3]}
+    index = dataset.annotations.files.tolist().index(files[0])
+    picture, = (np.asarray(p) for text, p in pictures if text.endswith(files[0]))
+    assert picture.shape == (64, 128, 3)
+    label = np.asarray(evaluate.draw_samples(dataset, [(0, index)])[0])
+    assert np.array_equal(picture[:, :64], label)
+    assert np.array_equal(picture[:, 64:], real(dataset, (0, index))["image"])  # finds nobody yet
+    ranked.clear()
+    assert len(extremes(model, dataset, truth, moved, most=4)) == len(ranked) <= 4
+
+
+def test_a_report_changes_no_bit_and_goes_on_after_a_stop(people, tmp_path):
+    """A run that stops and goes on, with reports, against an unbroken one without."""
+    silent = ("import draw, train; draw.Log.report = lambda self, pictures: None; "
+              "train.extremes = lambda *a: []; train.main()")
+    flags = ["--data", people, *("--image-size 64 --batch-size 5 --epochs 2 --eval-every 1 "
+                                 "--warmup 1 --workers 0 --log-every 1").split()]
+    for command in ([str(ROOT / "train.py"), *flags, "--out", tmp_path / "with", "--max-steps", 3],
+                    [str(ROOT / "train.py"), "--resume", "--out", tmp_path / "with"],
+                    ["-c", silent, *flags, "--out", tmp_path / "without"]):
+        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                              timeout=250, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "without" / "report.html").exists()
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True)
+                for name in ("with", "without"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
+    page = Page((tmp_path / "with" / "report.html").read_text())
+    assert [row[0] for row in page.tables[2][1:]] == ["4", "3", "2", "1"]
+    assert [row[0] for row in page.tables[1][1:]] == ["4", "2"]
+    assert "--max-steps 3" in page.text and "4 for 2 epochs, 3 done, 1 now" in page.text
+    assert 3 <= len(page.images) <= 9
