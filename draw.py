@@ -47,8 +47,9 @@ p,figcaption{color:var(--soft);margin:4px 0}
 .chart,img{display:block;width:100%;height:auto}figure{margin:0}
 .table{overflow:auto;max-height:420px;margin:8px 0}table{border-collapse:collapse;font-size:13px}
 th,td{padding:3px 12px 3px 0;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
-.number{text-align:right;font-variant-numeric:tabular-nums}
-pre{font-size:12px;white-space:pre-wrap;padding:12px;border:1px solid var(--line)}
+.number,th:not(:first-child){text-align:right}.number{font-variant-numeric:tabular-nums}
+pre{font-size:12px;overflow:auto;padding:12px;border:1px solid var(--line)}
+.command{white-space:pre-wrap}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa4ae;--line:#343a41}
 body{background:#16191d}}"""
 
@@ -303,7 +304,8 @@ def progress(runs: dict[str, list[dict]]) -> dict[str, list[str]]:
                     curves.setdefault(name, {}).setdefault(run, []).append((line["step"], value))
     terms = [name for lines in runs.values() for line in lines if "loss" in line
              for name in line if name in curves and name not in PACE]
-    headings = {"Evaluation": EVALUATED, "Loss": dict.fromkeys(terms), "Optimizer and machine": PACE}
+    headings = {"Evaluation": EVALUATED, "Loss": dict.fromkeys(terms),
+                "Optimizer and machine": PACE}
     return {heading: [
         svg_chart({title if len(runs) == 1 else run: thin(curves[name].get(run, []))
                    for run in runs}, title)
@@ -345,10 +347,10 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
                    key=lambda line: line["AP"], default={})
         last = [line for line in lines if "loss" in line][-1:] or [{}]
         skipped = max(line.get("skipped", 0) for line in lines)
-        rows.append([run, lines[-1]["step"], last[0].get("epoch", ""), last[0].get("loss", ""),
-                     best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""), skipped])
-    parts = [html_table(["run", "step", "epoch", "last loss", "best AP", "its OKS", "after epoch",
-                         "skipped steps"], rows)]
+        rows.append([run, best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""),
+                     lines[-1]["step"], last[0].get("epoch", ""), last[0].get("loss", ""), skipped])
+    parts = [html_table(["run", "best AP", "its OKS", "after epoch", "steps", "epochs", "last loss",
+                         "skipped steps"], rows), "<p>All curves are over optimizer steps.</p>"]
     for heading, charts in progress(runs).items():
         parts += [f"<h2>{heading}</h2>", html_grid(charts)] if charts else []
         if heading == "Loss" and charts:
@@ -364,7 +366,9 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
         parts += [f"<h3>{escape(run)}</h3>"] * (len(runs) > 1) + log_tables(lines)
     for i, start in enumerate(reversed(starts)):
         heading = "An earlier start" if i else "Command and plan"
-        parts.append(f"<h2>{heading}</h2><pre>{escape(start)}</pre>")
+        command, _, plan = start.partition("\n")
+        parts.append(f'<h2>{heading}</h2><pre class="command">{escape(command)}</pre>'
+                     f"<pre>{escape(plan)}</pre>")
     return html_page(title, parts)
 
 
@@ -475,14 +479,13 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     """
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc-per-node {processes} " if processes else "python "
-    groups, lines = {"command": [launcher + shlex.join(sys.argv)]}, []
+    groups, lines = {}, [f"command       {launcher}{shlex.join(sys.argv)}"]
     for name, origin in source.items():
         if getattr(args, name) is not None:
             groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
     for origin, values in groups.items():
         lines.append(textwrap.fill(", ".join(values), 100, initial_indent=f"{origin:13} ",
-                                   subsequent_indent=14 * " ", break_on_hyphens=False,
-                                   break_long_words=False))
+                                   subsequent_indent=14 * " ", break_on_hyphens=False))
     for name, tensors in report.items():
         lines.append(f"weights {name} {len(tensors)}" + (
             f": {', '.join(tensors[:6])}{' ...' * (len(tensors) > 6)}" * (name != "loaded")))

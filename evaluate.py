@@ -253,8 +253,11 @@ def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[in
     chosen = [(i, value) for value, i in ranked if i in names]
     keys = [(0, i) for i, _ in chosen]
     pairs = zip(draw_samples(dataset, keys), draw_samples(dataset, keys, model)) if keys else ()
-    return [(f"{names[i]}: OKS {value:.2f}, {dataset.annotations.files[i]}",
-             contact_sheet(list(pair), 2)) for (i, value), pair in zip(chosen, pairs)]
+    pictures, s = [contact_sheet(list(pair), 2) for pair in pairs], dataset.size
+    for picture in pictures:
+        picture.paste("white", (s - 1, 0, s + 1, s))  # between the two
+    return [(f"{names[i]}: OKS {value:.2f}, {dataset.annotations.files[i]}", picture)
+            for (i, value), picture in zip(chosen, pictures)]
 
 
 def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list:
