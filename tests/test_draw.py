@@ -90,6 +90,8 @@ def test_points_lie_where_the_axes_say():
     assert lines_of(rounded) == [[(52, 162), (342, 56.4)]]
     near = svg_chart({"a": [(600, 0.91), (1000, 0.95)]}, "a")  # 0 is far from both
     assert lines_of(near) == [[(52, 194), (342, 34)]] and labels_of(near)[1] == "0.91"
+    level = svg_chart({"a": [(0, 0.3), (1, 0.3 + 1e-16), (2, 0.3)]}, "a")  # noise is no curve
+    assert labels_of(level)[1] == "0" and [y for _, y in lines_of(level)[0]] == [34, 34, 34]
     negative = svg_chart({"a": [(0, -3.0), (10, 1.0)]}, "a")
     assert lines_of(negative) == [[(52, 194), (342, 34)]]
     doubled = svg_chart({"a": [(1, 0.0), (2, 1.0), (8, 0.0)]}, "a", log2_x=True)
@@ -129,16 +131,14 @@ def test_ticks_are_round_few_and_on_the_right_side():
         assert low - step < outer[0] <= low + slack and high - slack <= outer[-1] < high + step
 
 
-def test_a_long_curve_is_thinned_but_for_its_peaks_and_breaks():
-    rng = random.Random(0)
-    points = [(float(i), rng.random()) for i in range(20_000)]
-    points[7_777] = (7_777.0, 9.0)
-    points[12_345] = (12_345.0, math.nan)
-    few = thin(points)
-    assert len(few) <= 602 and [x for x, _ in few] == sorted(x for x, _ in few)
-    assert {(7_777.0, 9.0), points[-1], min(points, key=lambda p: p[1])} <= set(few) <= set(points)
-    assert [x for x, y in few if math.isnan(y)] == [12_345]
-    assert thin(points[:600]) == points[:600]
+def test_a_long_curve_becomes_means_and_still_breaks():
+    points = [(float(i), float(i * i)) for i in range(1000)]
+    points[700] = (700.0, math.nan)
+    few = thin(points)  # 250 of 4: 0 + 1 + 4 + 9, ..., 996 ** 2 + ... + 999 ** 2
+    assert len(few) == 250 and few[0] == (1.5, 3.5) and few[-1] == (997.5, 995007.5)
+    assert [x for x, y in few if math.isnan(y)] == [701.5]
+    assert thin(points[:300]) == points[:300] and thin([]) == []
+    assert len(thin(points[:301])) == 151
 
 
 def test_legends_name_curves_fit_and_grow_downwards():
