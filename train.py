@@ -249,6 +249,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.given = sorted(name for name, value in vars(args).items() if value is not None)
     args.out = args.out or OUT  # a run that goes on has its other values there
+    if args.dry_run:
+        args.out, args.log_every = f"{args.out}/dry_run", 20
+        args.max_steps = args.max_steps or 20
 
     def check(name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -423,6 +426,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     """
     (flat, tail), waited, image_ids, errors = gradients, 0.0, [], []
     device = flat.device
+    half = torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no")
     flat.zero_()
     statistics = list(model.buffers())
     before = [t.clone() for t in statistics]
@@ -435,13 +439,12 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         targets = {name: targets[name].to(device, non_blocking=True) for name in
                    ("boxes", "keypoints", "crowd", "mask") if name in targets}
         images, targets = resize(to_input(images, model), targets, size)
-        with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no"):
+        with half:
             raw = model(images)
         raw = raw.promote()  # the assigner takes a 6th power, which is 0 in half precision
         terms, score_sum = criterion(raw, decode(raw), targets, sigma_scale)
         if teacher:
-            with torch.no_grad(), torch.autocast(device.type, AMP_DTYPES[args.amp],
-                                                 enabled=args.amp != "no"):
+            with torch.no_grad(), half:
                 told = teacher(images)
             told = told.promote()
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
@@ -677,6 +680,13 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     return model.to(device, dtype, memory_format=torch.channels_last), teacher, report
 
 
+def make_loss(args: argparse.Namespace, sigmas: list[float], device: torch.device) -> PoseLoss:
+    """The terms with the flags' weights."""
+    weights = LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight)
+    return PoseLoss(torch.tensor(sigmas, device=device), weights,
+                    reference=args.recipe == "reference", label_smoothing=args.label_smoothing)
+
+
 def make_optimizer(args: argparse.Namespace, model: nn.Module,
                    peak_lr: float) -> torch.optim.Optimizer:
     """AdamW or SGD with Nesterov's momentum, and its groups.
@@ -806,19 +816,13 @@ def main() -> None:
         rank, world_size, device = setup_distributed()
         saved = None if args.dry_run else read_run(args, rank)
         source = fill_recipe(args, "saved" if saved else "flag")
-        if args.dry_run:
-            args.out, args.log_every = f"{args.out}/dry_run", 20
-            args.max_steps = args.max_steps or 20
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
         model, teacher, report = make_model(args, skeleton, device)
-        weights = LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight)
-        criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device), weights,
-                             reference=args.recipe == "reference",
-                             label_smoothing=args.label_smoothing)
+        criterion = make_loss(args, skeleton.sigmas, device)
         terms = TERMS + MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
