@@ -445,8 +445,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         terms, score_sum = criterion(raw, decode(raw), targets, sigma_scale)
         if teacher:
             with torch.no_grad(), half:
-                told = teacher(images)
-            told = told.promote()
+                told = teacher(images).promote()
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
                 raw, decode(raw), told, decode(told), sigma_scale).items()}
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
