@@ -69,24 +69,32 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
     the people are given: under min_score a keypoint is not drawn).
     """
     image = image.convert("RGB")
-    pen = ImageDraw.Draw(image)
-    width = max(round(max(image.size) / 320), 1)
+    pen, font = ImageDraw.Draw(image), max(11, max(image.size) // 34)
+    width = max(round(max(image.size) / 240), 1)
+    rim = width + 2 * math.ceil(width / 2) if max(image.size) >= 160 else 0  # dark, for any ground
     for i, (box, person) in enumerate(zip(boxes, keypoints)):
         seen = person[:, 2] > (0 if scores is None else min_score)
-        pen.rectangle([float(v) for v in box], outline=BOX if seen.any() else IGNORED, width=width)
-        for a, b in edges:
-            if seen[a] and seen[b]:
-                color = side_color(names[b] if side_color(names[a]) == MIDDLE else names[a])
-                pen.line([*person[a, :2], *person[b, :2]], fill=color, width=width)
+        x1, y1, x2, y2 = (float(v) for v in box)
+        for color, w in (((0, 0, 0), rim), (BOX if seen.any() else IGNORED, width)):
+            if w and x2 >= x1 and y2 >= y1:
+                pen.line([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], color, w, joint="curve")
+        lines = [(a, b, side_color(names[b] if side_color(names[a]) == MIDDLE else names[a]))
+                 for a, b in edges if seen[a] and seen[b]]
+        for a, b, _ in lines if rim else ():
+            pen.line([*person[a, :2], *person[b, :2]], (0, 0, 0), rim)
+        for a, b, color in lines:
+            pen.line([*person[a, :2], *person[b, :2]], color, width)
         for (x, y, v), name in zip(person[seen], np.array(names)[seen]):
             r = 1.5 * width
             hidden = scores is None and v == 1
-            pen.ellipse([x - r, y - r, x + r, y + r], outline=side_color(name),
+            pen.ellipse([x - r, y - r, x + r, y + r], width=max(width // 2, 1),
+                        outline=(0, 0, 0) if rim and not hidden else side_color(name),
                         fill=None if hidden else side_color(name))
         if scores is not None:
-            pen.text((float(box[0]) + 2 * width, float(box[1]) + width), f"{scores[i]:.2f}",
-                     fill=BOX, stroke_width=1, stroke_fill=(0, 0, 0),
-                     font_size=max(10, max(image.size) // 50))
+            place = (min(max(x1, 0) + 2 * width, image.width - 2.5 * font),
+                     min(max(y1, 0) + width, image.height - 1.5 * font))
+            pen.text(place, f"{scores[i]:.2f}", fill=BOX, stroke_width=max(width // 2, 1),
+                     stroke_fill=(0, 0, 0), font_size=font)
     return image
 
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import nms
 
-from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_split, fit_image,
-                  flatten, make_loader, read_json, read_skeleton, undo)
+from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_split, flatten,
+                  make_loader, read_json, read_skeleton, undo)
 from draw import contact_sheet, draw_people
 from loss import oks
 from model import Decoded, YoloNasPose, decode, read_weights
@@ -129,23 +129,6 @@ def to_input(images: Tensor, model: nn.Module) -> Tensor:
     """Images (B, 3, S, S) uint8 of a loader to the model's input in [0, 1], channels_last."""
     weight = next(model.parameters())
     return images.to(weight.device, non_blocking=True).to(weight.dtype).div_(255)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, file: dict, image: Image.Image,
-            conf: float = 0.3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """People in one image, best first: boxes (D, 4) px, scores (D,), keypoints (D, K, 3) px, score.
-
-    model and file are load_model's; px of the image, continuous: pixel i covers [i, i + 1).
-    """
-    pixels, matrix = fit_image(image.convert("RGB"), *input_of(file))
-    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)                   # (1, 3, S, S)
-    out = decode(model(to_input(images, model)))
-    boxes, scores, keypoints, kpt_scores = (t[0].cpu() for t in out)
-    kept = select(boxes, scores, conf)
-    xy = undo(keypoints[kept].double().numpy(), matrix)                           # (D, K, 2)
-    boxes = undo(boxes[kept].double().reshape(-1, 2, 2).numpy(), matrix).reshape(-1, 4)
-    return boxes, scores[kept].numpy(), np.concatenate([xy, kpt_scores[kept, :, None]], -1)
 
 
 @torch.no_grad()

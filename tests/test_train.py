@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from data import MOSAIC_HEAVY, collate
-from evaluate import load_model, predict
+from evaluate import load_model
 from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
+from predict import predict
 from train import (DEMO, RECIPES, epoch_ends, epochs_of, fill_recipe, flat_gradients, freeze, main,
                    mean_of, open_data, parse_args, train_step)
 
@@ -110,7 +111,7 @@ def test_a_finished_model_is_used_from_python_as_the_readme_says(small):
     """predict on one file says what evaluate.py wrote for it."""
     model, file = load_model(str(small / "run" / "last.pt"))
     image = Image.open(small / "people" / "val2017" / "000003.jpg")
-    boxes, scores, keypoints = predict(model, file, image, conf=0.01)
+    (boxes, scores, keypoints), = predict(model, file, [image], conf=0.01)
     written = [r for r in json.loads((small / "results.json").read_text()) if r["image_id"] == 3]
     assert len(scores) == len(written) == len(boxes) > 0
     for row, score, result in zip(keypoints, scores, written):
