@@ -86,8 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="checkpoint of train.py, or an official one")
     p.add_argument("--model", choices=["n", "s", "m", "l"], help="for an official checkpoint")
     p.add_argument("--out", default="runs/predict", metavar="DIR", help="default: runs/predict")
-    p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id: the file's "
-                   "name if all are numbers, else its place, counted from 0")
+    p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id is "
+                   "the file's name if all are numbers, else its place, counted from 0")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.png")
     p.add_argument("--conf", type=float, default=0.3, help="smallest person score; default: 0.3")
     p.add_argument("--iou", type=float, default=0.7, help="largest overlap of two; default: 0.7")
