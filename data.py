@@ -55,6 +55,7 @@ COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13]
 DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
 PAD_GRAY = 127
+STRIP = 128  # rows
 PAD_MODES = ("center", "bottom_right")
 
 
@@ -486,33 +487,36 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
     if right <= left or bottom <= top:
         return
     inverse = np.linalg.inv(matrix)  # where each pixel of the canvas comes from
-    view = canvas[:, top:bottom, left:right]
     seen = move(np.array([[left, top], [right, top], [left, bottom], [right, bottom]]), inverse)
     x0, y0 = np.floor(seen.min(0)).astype(int).clip(1) - 1  # with the neighbors of a bilinear mean
     x1, y1 = np.minimum(np.ceil(seen.max(0)).astype(int) + 1, (width, height))
     if color is None and np.array_equal(inverse[:2, :2], np.eye(2)) and not (inverse % 1).any():
         x0, y0 = move(np.array([left, top]), inverse).astype(int)
-        view.numpy()[:] = image[y0:y0 + bottom - top, x0:x0 + right - left].transpose(2, 0, 1)
+        exact = image[y0:y0 + bottom - top, x0:x0 + right - left]
+        canvas.numpy()[:, top:bottom, left:right] = exact.transpose(2, 0, 1)
         return
     outside = torch.full((image.shape[2],), float(fill))
     if color is not None:  # changes the result; what becomes `fill` by it lies outside
         linear, offset = torch.from_numpy(color.copy()).split([3, 1], 1)
-        outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()
+        outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()         # (3,)
+        linear = linear.float()
     patch = np.ascontiguousarray(image[y0:y1, x0:x1].transpose(2, 0, 1))          # (C, h, w)
     patch = torch.from_numpy(patch).float().sub_(outside[:, None, None])
     # grid_sample's places go from -1 to 1, from edge to edge.
     scale, back = 2 / np.array([x1 - x0, y1 - y0]), inverse[:2] - [[0, 0, x0], [0, 0, y0]]
     (a, b, c), (d, e, f) = (back * scale[:, None] - [[0, 0, 1], [0, 0, 1]]).tolist()
-    x, y = torch.arange(left, right) + 0.5, torch.arange(top, bottom)[:, None] + 0.5
-    grid = torch.empty(bottom - top, right - left, 2)
-    torch.add(a * x + c, b * y, out=grid[..., 0])
-    torch.add(d * x + f, e * y, out=grid[..., 1])
     upright = b == d == 0  # then nothing of the outside shows, and edges keep their full strength
-    pixels = F.grid_sample(patch[None], grid[None], mode, "border" if upright else "zeros",
-                           align_corners=False)[0]                                # (C, h, w)
-    if color is not None:
-        pixels = (linear.float() @ pixels.view(3, -1)).view(pixels.shape).clamp_(-fill, 255 - fill)
-    view.copy_(pixels.add_(fill + 0.5))  # copying to uint8 cuts off
+    x = torch.arange(left, right) + 0.5                                           # (w,)
+    for first in range(top, bottom, STRIP):  # what a core works on stays in its cache
+        y = torch.arange(first, min(first + STRIP, bottom))[:, None] + 0.5        # (h, 1)
+        grid = torch.empty(1, len(y), len(x), 2)
+        torch.add(a * x + c, b * y, out=grid[0, ..., 0])
+        torch.add(d * x + f, e * y, out=grid[0, ..., 1])
+        pixels = F.grid_sample(patch[None], grid, mode, "border" if upright else "zeros",
+                               align_corners=False)[0]                            # (C, h, w)
+        if color is not None:
+            pixels = (linear @ pixels.view(3, -1)).view(pixels.shape).clamp_(-fill, 255 - fill)
+        canvas[:, first:first + len(y), left:right] = pixels.add_(fill + 0.5)  # uint8 cuts off
 
 
 def blank(size: int) -> Tensor:
