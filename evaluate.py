@@ -4,11 +4,12 @@
 
 Owns thresholds, NMS, COCO result dicts and scoring. Knows nothing about training.
 
-Read in this order: select, to_coco, keypoint_ap, evaluate.
+Read in this order: select, to_coco, keypoint_ap, look, evaluate.
 
 Axes    B images   A anchors   D detections kept in one image   K keypoints
-Protocol: all images of the split count, with and without people; one scale, no mirroring; the
-score of a result is the person score alone; pycocotools does the scoring, at most 20 a image.
+Protocol: all images of the split count, with and without people; one scale, no mirroring unless
+asked for; the score of a result is the person score alone; pycocotools does the scoring, at most
+20 an image.
 """
 import argparse
 import contextlib
@@ -34,7 +35,7 @@ from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_spli
                   make_loader, read_json, read_skeleton, undo)
 from draw import contact_sheet, draw_people
 from loss import oks
-from model import Decoded, YoloNasPose, decode, read_weights
+from model import STRIDES, Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
            "AR", "AR50", "AR75", "AR_medium", "AR_large", "OKS")
@@ -131,23 +132,66 @@ def to_input(images: Tensor, model: nn.Module) -> Tensor:
     return images.to(weight.device, non_blocking=True).to(weight.dtype).div_(255)
 
 
+def mirror(out: Decoded, height: int, width: int, flip: list[int]) -> Decoded:
+    """What the network says of mirrored images (height, width px), as if of the images themselves.
+
+    Sides are multiples of 32 px, so every cell has a twin: anchors change places with theirs, and
+    keypoints with those of the other side (Skeleton.flip).
+    """
+    sides = [(height // s, width // s) for s in STRIDES]
+    levels = torch.arange(out.scores.shape[1]).split([h * w for h, w in sides])
+    twin = torch.cat([level.view(side).flip(1).flatten()
+                      for level, side in zip(levels, sides)])                     # (A,)
+    boxes, scores, keypoints, kpt_scores = (t[:, twin] for t in out)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    x, y = keypoints[:, :, flip].unbind(-1)
+    return Decoded(torch.stack([width - x2, y1, width - x1, y2], -1), scores,
+                   torch.stack([width - x, y], -1), kpt_scores[:, :, flip])
+
+
+@torch.no_grad()
+def look(model: nn.Module, images: Tensor, flip: list[int] | None = None,
+         bf16: bool = False) -> tuple[Decoded, Tensor | None]:
+    """Images (B, 3, S, S) uint8 decoded, before any threshold; and logits of people's pixels.
+
+    flip is Skeleton.flip for the flip test: an anchor's box and keypoints are the mean of what the
+    network says of the image and of its mirror image, each weighed by its score; its score is the
+    larger, as a person is often seen by one anchor here and by its neighbor there. bf16 runs the
+    network under autocast; decoding is float32.
+    """
+    images = to_input(images, model)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        raws = [model(images)] + ([model(images.flip(3))] if flip else [])
+    out, mask = decode(raws[0]), raws[0].mask_logits
+    if flip:
+        twin = mirror(decode(raws[1]), *images.shape[2:], flip)
+        share = out.scores / (out.scores + twin.scores).clamp(min=1e-30)          # (B, A)
+        mean = (b + (a - b) * share.view(*share.shape, *[1] * (a.ndim - 2))
+                for a, b in zip(out, twin))
+        out = Decoded(*mean)._replace(scores=torch.maximum(out.scores, twin.scores))
+        mask = None if mask is None else (mask + raws[1].mask_logits.flip(2)) / 2
+    return out, mask
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence[float],
-             conf: float = 0.01, iou: float = 0.7,
-             progress: bool = False) -> tuple[dict[str, float], dict[int, list[dict]]]:
+             conf: float = 0.01, iou: float = 0.7, progress: bool = False,
+             flip: list[int] | None = None,
+             bf16: bool = False) -> tuple[dict[str, float], dict[int, list[dict]]]:
     """Metrics of the model (in eval mode) on the loader's images, and its results by image.
 
     With several processes each brings its share of the images; process 0 scores all of them and
     tells the others, so that every process takes the same decisions. A network with a mask branch
-    also gets mask_IoU, of all pixels that show somebody, where the loader has masks.
+    also gets mask_IoU, of all pixels that show somebody, where the loader has masks. flip and bf16
+    are those of look.
     """
     category_id = truth.dataset["categories"][0]["id"]
     by_image, start, pixels = {}, time.time(), torch.zeros(2, dtype=torch.float64)
     for images, targets in loader:
-        raw = model(to_input(images, model))
-        by_image |= detect(decode(raw), targets, category_id, conf, iou)
-        if raw.mask_logits is not None and "mask" in targets:
-            found, true = raw.mask_logits.cpu() > 0, targets["mask"] == 1         # (B, S/2, S/2)
+        decoded, mask = look(model, images, flip, bf16)
+        by_image |= detect(decoded, targets, category_id, conf, iou)
+        if mask is not None and "mask" in targets:
+            found, true = mask.cpu() > 0, targets["mask"] == 1                    # (B, S/2, S/2)
             found &= targets["mask"] != 2
             pixels += torch.stack([(found & true).sum(), (found | true).sum()])
         if progress:
@@ -267,6 +311,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--conf", type=float, default=0.01, help="smallest person score; default: 0.01")
     p.add_argument("--iou", type=float, default=0.7,
                    help="NMS: largest overlap of two people; default: 0.7")
+    p.add_argument("--flip-test", action="store_true",
+                   help="join what is seen in each image and its mirror image; twice as slow")
+    p.add_argument("--amp", choices=["no", "bf16"], default="no", help="autocast; default: no")
+    p.add_argument("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
     p.add_argument("--metrics", metavar="FILE", help="write the ten numbers as json")
     p.add_argument("--results", metavar="FILE", help="write the detections as COCO results")
     args = p.parse_args(argv)
@@ -325,8 +373,10 @@ def main() -> None:
                              device)
         print(f"{len(dataset)} images, {size} px, {pad}, conf {args.conf}, NMS {args.iou}, at most "
               f"20 detections an image")
-        metrics, by_image = evaluate(model.to(device), loader, quiet_coco(labels), skeleton.sigmas,
-                                     args.conf, args.iou, progress=True)
+        model, truth = (model.fuse() if args.fuse else model).to(device), quiet_coco(labels)
+        how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
+        metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
+                                     True, *how)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
