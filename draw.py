@@ -379,6 +379,65 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
     return html_page(title, parts)
 
 
+CARD = {  # what a reader who has never met these numbers needs
+    "images": "AP, average precision, is 1 if every labeled person is found, nobody else is, and "
+    "all keypoints lie on their labels. It is the mean over ten tolerances: AP50 is the widest, "
+    "AP75 a narrow one. AR is the share of people found, over the same ten. An image without "
+    "people can only show false detections.",
+    "people in the image": "Images by how many people are labeled in them.",
+    "crowding": "Images by the share of other people's keypoints in a person's box, on average: "
+    "easy is up to 0.1, medium up to 0.8, hard above, as in CrowdPose.",
+    "size": "People by area: medium is 32\u00b2 to 96\u00b2 px of the file, large is above.",
+    "keypoints of found people": "Good: as near to the label as people who label agree. Jitter: a "
+    "little off. Inversion: on the same person's other side, left for right. Swap: on another "
+    "person. Miss: on none of these.",
+    "detections": "Best: the one nearest to its person. Score: farther than that, but of a higher "
+    "score. Duplicate: farther, and of a lower score. Background: on nobody. Scores are put right "
+    "by giving each best its OKS and all others 0, which also takes the other two out of the way.",
+    "people": "Found: some detection fits them at least roughly (OKS 0.1). Missed: none does.",
+    "keypoints": "Of found people. OKS is 1 on the label and falls to 0 with the distance, by the "
+    "person's size and what is usual for the keypoint. PCK is the share within a tenth of the "
+    "box's longer side. Good to miss are shares, as above, and add up to 1."}
+CARD_STYLE = """<style>.table{max-height:none}td+td,th+th{text-align:right}
+@media(max-width:480px){th,td{font-size:10px;padding-right:4px}}</style>"""
+
+
+def card_page(card: dict) -> str:
+    """The page of evaluate.py --card from its numbers; -1, where nothing is labeled, is a dash."""
+    def show(value, digits: int) -> str:
+        text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        return "\u2013" if value == -1 else text
+
+    def table(rows: list[dict], without: str) -> str:
+        names = sorted((n for n in max(rows, key=len) if n != without), key="labeled".__eq__)
+        return html_table(names, [[show(row.get(name, -1), 3 if without else 2) for name in names]
+                                  for row in rows])
+
+    gains = sorted((row for row in card["errors"] if "gain" in row), key=lambda row: -row["gain"])
+    parts = [CARD_STYLE, "<p>AP would rise most if these were put right, each alone: " + ", ".join(
+        f"{row['kind']} ({row['of']}) by {row['gain']:.3f}" for row in gains[:3]) + ".</p>"]
+    for title, rows, by in (("Average precision", card["scores"], "group"),
+                            ("What goes wrong", card["errors"], "of"),
+                            ("Keypoints", card["keypoints"], "")):
+        parts.append(f"<h2>{title}</h2>")
+        if by == "of":
+            parts.append("<p>AP is what it would be if this one kind of error were put right and "
+                         "all else stayed; gain is the difference to now. Gains overlap.</p>")
+        for group in dict.fromkeys(row.get(by, "keypoints") for row in rows):
+            head = f"<b>{escape(group.capitalize())}.</b> " if by else ""
+            parts += [f"<p>{head}{escape(CARD[group])}</p>",
+                      table([row for row in rows if row.get(by, "keypoints") == group], by)]
+    speed, images = card["speed"], [row["images"] for row in card["scores"][:2]]
+    parts += [f"<h2>Speed</h2><p>{speed['latency_ms']:.1f} ms for one image; {speed['img_s']:.1f} "
+              f"images a second in batches of {speed['batch']}. From pixels in memory to people, "
+              f"without loading. The whole evaluation, with loading and scoring, took "
+              f"{speed['evaluation_s']:.0f} s.</p>", "<h2>How it was measured</h2>",
+              f"<p>{images[0]} images, {images[0] - images[1]} of them without labeled people; "
+              f"scored by pycocotools</p>"]
+    parts += [f"<p>{escape(k)}: {escape(str(v))}</p>" for k, v in card["protocol"].items()]
+    return html_page(f"AP {card['metrics']['AP']:.3f}: {card['protocol']['weights']}", parts)
+
+
 class Log:
     """Progress lines and log.jsonl, one line an interval, from rank 0."""
 

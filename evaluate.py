@@ -1,12 +1,15 @@
 """From raw outputs to COCO keypoint AP.
 
     python evaluate.py --data DIR --weights runs/train/best.pt
+    python evaluate.py --data DIR --weights runs/train/best.pt --card card.html    # why is AP so?
 
-Owns thresholds, NMS, COCO result dicts and scoring. Knows nothing about training.
+Owns thresholds, NMS, COCO result dicts, scoring and the diagnosis of errors. Knows nothing about
+training, and nothing about how a page looks.
 
-Read in this order: select, to_coco, keypoint_ap, look, evaluate.
+Read in this order: select, to_coco, score, evaluate; for the card diagnose, put_right, make_card.
 
-Axes    B images   A anchors   D detections kept in one image   K keypoints
+Axes    B images   A anchors   K keypoints
+        D detections kept in one image   M labeled people of one image   P pairs of the two
 Protocol: all images of the split count, with and without people; one scale, no mirroring unless
 asked for; the score of a result is the person score alone; pycocotools does the scoring, at most
 20 an image.
@@ -20,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +37,19 @@ from torchvision.ops import nms
 
 from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_split, flatten,
                   make_loader, read_json, read_skeleton, undo)
-from draw import contact_sheet, draw_people
+from draw import card_page, contact_sheet, draw_people, write_text
 from loss import oks
 from model import STRIDES, Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
            "AR", "AR50", "AR75", "AR_medium", "AR_large", "OKS")
+KEYPOINT_NUMBERS = ("OKS", "PCK", "good", "jitter", "inversion", "swap", "miss")
+KINDS = ("best", "score", "duplicate", "background")  # of detections
+FOUND = 0.1      # OKS from which somebody counts as found
+PCK_SHARE = 0.1  # of the longer side of the box: https://doi.org/10.1109/TPAMI.2012.261
+GROUPS = {"people in the image": (("1", 0, 1), ("2", 1, 2), ("3 to 5", 2, 5),
+                                  ("6 or more", 5, math.inf)),
+          "crowding": (("easy", -1, 0.1), ("medium", 0.1, 0.8), ("hard", 0.8, 1))}
 
 
 def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
@@ -84,14 +95,11 @@ def merge_ranks(by_image: dict[int, list[dict]]) -> dict[int, list[dict]]:
     return {image_id: found for share in shares for image_id, found in share.items()}
 
 
-def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
-                sigmas: Sequence[float]) -> dict[str, float]:
-    """The ten COCO keypoint numbers over the images in by_image; and OKS, the mean over labeled
-    people of their best detection's, which tells more than AP where that is still near 0.
+def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float]) -> COCOeval:
+    """pycocotools' judgement of the images in by_image, quietly: stats, ious, _gts and more.
 
     by_image    image_id -> results of to_coco. An image without detections must be there with an
                 empty list: left out, it would not be scored, and AP would look better than it is.
-    -1 means that no labeled person is in that class of sizes.
     """
     results = [dict(r) for found in by_image.values() for r in found]  # loadRes adds keys to them
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
@@ -105,7 +113,17 @@ def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    best = []
+    return scorer
+
+
+def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
+                sigmas: Sequence[float]) -> dict[str, float]:
+    """The ten COCO keypoint numbers of score; and OKS, the mean over labeled people of their best
+    detection's, which tells more than AP where that is still near 0.
+
+    -1 means that no labeled person is in that class of sizes.
+    """
+    scorer, best = score(truth, by_image, sigmas), []
     for key, people in scorer._gts.items():
         values = scorer.ious.get(key, [])  # (D, people), or [] if either is 0
         best += [max(values[:, i]) if len(values) else 0.0
@@ -293,6 +311,188 @@ def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1
     return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
+class Case(NamedTuple):
+    """One image under diagnosis: D detections, M labeled people, P pairs of the two."""
+
+    results: list[dict]   # (D,) of to_coco, best score first
+    people: list[dict]    # (M,) annotations
+    kinds: list[str]      # (D,) one of KINDS, or ignored
+    pairs: np.ndarray     # (P, 2) a detection, and the person whose best one it is
+    oks: np.ndarray       # (P,)
+    told: np.ndarray      # (7, P, K) KEYPOINT_NUMBERS of each keypoint; 0 where it is not labeled
+
+
+def similarity(poses: np.ndarray, labels: np.ndarray, area: np.ndarray,
+               sigmas: np.ndarray) -> np.ndarray:
+    """(D, M, K): exp(-distance^2 / (8 sigma^2 area)), whose mean over labeled keypoints is OKS.
+
+    poses (D, K, 2), labels (M, K, 3) px, area (M,) px^2. 0 where a keypoint is not labeled.
+    """
+    distance2 = np.square(poses[:, None] - labels[..., :2]).sum(-1)               # (D, M, K) px^2
+    spread = 8 * np.square(sigmas) * (area[:, None] + np.spacing(1))              # (M, K) px^2
+    return np.exp(-distance2 / spread) * (labels[..., 2] > 0)
+
+
+def diagnose(results: list[dict], people: list[dict], ignored: np.ndarray,
+             skeleton: Skeleton) -> Case:
+    """What each detection of an image is, and what is wrong with the keypoints of people's best.
+
+    results by score; ignored (D,) is their largest OKS with crowds and people without keypoints.
+    Errors are those of Ronchi & Perona, https://arxiv.org/abs/1707.05388, by these rules:
+    * Pairs are made by OKS, the largest first, down to FOUND; somebody whose left and right are
+      exchanged as a whole counts too. The best detection counts, whatever its score.
+    * A keypoint with a similarity of 0.85 to its label is good. Else the most similar decides: its
+      own label (jitter), that of the other side (inversion), or one of these two of another person
+      (swap). Below 0.5 it is a miss.
+    * A detection of somebody who has a better one is a score error if its score is higher, else
+      a duplicate.
+    """
+    flip, sigmas = skeleton.flip, np.asarray(skeleton.sigmas)
+    poses = np.reshape([r["keypoints"] for r in results], (-1, len(flip), 3))[..., :2]
+    labels = np.reshape([p["keypoints"] for p in people], (-1, len(flip), 3))     # (M, K, 3)
+    area, side = np.reshape([(p["area"], max(p["bbox"][2:])) for p in people], (-1, 2)).T
+    labeled = labels[..., 2] > 0                                                  # (M, K)
+    own = similarity(poses, labels, area, sigmas)                                 # (D, M, K)
+    mirrored = similarity(poses, labels[:, flip], area, sigmas)                   # (D, M, K)
+    upright, exchanged = (s.sum(-1) / labeled.sum(-1).clip(1) for s in (own, mirrored))
+    fit = np.maximum(upright, 0.9 * exchanged)                                    # (D, M)
+    person, free = np.full(len(results), -1), fit.copy()
+    while free.max(initial=0) >= FOUND:
+        d, m = np.unravel_index(free.argmax(), free.shape)
+        person[d], free[d], free[:, m] = m, 0, 0
+    kinds = np.where(person >= 0, "best", "background").tolist()
+    for d in np.flatnonzero(person < 0):
+        if ignored[d] >= 0.5:
+            kinds[d] = "ignored"
+        elif fit[d].max(initial=0) >= FOUND:
+            better = results[person.tolist().index(fit[d].argmax())]
+            kinds[d] = "score" if results[d]["score"] > better["score"] else "duplicate"
+    d = np.flatnonzero(person >= 0)                                               # (P,)
+    m = person[d]
+    anybody = np.maximum(own, mirrored)[d].max(1, initial=0)                      # (P, K)
+    three = np.stack([own[d, m], mirrored[d, m], anybody])                        # (3, P, K)
+    error = np.where(three.max(0) < 0.5, 4, 1 + three.argmax(0))  # (P, K); the first of equals
+    error[three[0] >= 0.85] = 0
+    far = np.linalg.norm(poses[d] - labels[m, :, :2], axis=-1)                    # (P, K) px
+    told = [three[0], far <= PCK_SHARE * side[m, None], *(error == i for i in range(5))]
+    return Case(results, people, kinds, np.stack([d, m], 1), upright[d, m], told * labeled[m])
+
+
+def put_right(case: Case, error: str) -> list[dict]:
+    """The image's results, had the network not made this one kind of error.
+
+    A keypoint moves onto its label; the score becomes the OKS of people's best and 0 for the rest;
+    duplicates and inventions go; missed people are there, with score 1.
+    """
+    results = [dict(r) for r in case.results]
+    if error == "missed":
+        return results + [{name: p[name] for name in ("image_id", "category_id", "keypoints")}
+                          | {"score": 1.0} for m, p in enumerate(case.people)
+                          if m not in case.pairs[:, 1]]
+    if error == "score":
+        best = dict(zip(case.pairs[:, 0].tolist(), case.oks.tolist()))
+        return [r | {"score": best.get(d, 0.0)} for d, r in enumerate(results)]
+    if error in KINDS:
+        return [r for r, kind in zip(results, case.kinds) if kind != error]
+    wrong = case.told[KEYPOINT_NUMBERS.index(error)] > 0                          # (P, K)
+    for (d, m), rows in zip(case.pairs, wrong):
+        pose, label = (np.reshape(x["keypoints"], (-1, 3)) for x in (results[d], case.people[m]))
+        results[d]["keypoints"] = np.where(rows[:, None], label, pose).ravel().tolist()
+    return results
+
+
+def crowd_index(people: list[dict]) -> float:
+    """How crowded an image's labeled people are: 0 if nobody is in another's box, at most 1.
+
+    The mean over people of min(labeled keypoints of others in the box / own ones, 1): CrowdPose,
+    https://arxiv.org/abs/1812.00324.
+    """
+    labels = np.reshape([p["keypoints"] for p in people], (len(people), -1, 3))   # (M, K, 3)
+    boxes = np.array([p["bbox"] for p in people])[:, None, None]                  # (M, 1, 1, 4)
+    offset = labels[..., :2] - boxes[..., :2]                                     # (M, M, K, 2) px
+    inside = ((offset >= 0) & (offset <= boxes[..., 2:])).all(-1) & (labels[..., 2] > 0)
+    count, own = inside.sum(-1), (labels[..., 2] > 0).sum(-1).clip(1)             # (M, M), (M,)
+    return float(np.minimum((count.sum(1) - count.diagonal()) / own, 1).mean())
+
+
+def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) -> dict:
+    """Everything that labels tell about results, as plain numbers; -1 where nothing is labeled.
+
+    scores     AP and AR of all images, and by what is in them
+    keypoints  KEYPOINT_NUMBERS of people who were found, each the mean over labeled keypoints
+    errors     how many of each kind, and the AP of results without them
+    """
+    scorer, cases = score(truth, by_image, skeleton.sigmas), {}
+    for i, found in by_image.items():
+        key = i, truth.dataset["categories"][0]["id"]
+        results, anns = sorted(found, key=lambda r: -r["score"])[:20], scorer._gts[key]
+        ignored = np.array([bool(a["ignore"]) for a in anns], bool)
+        pairs = np.reshape(scorer.ious[key], (len(results), len(anns)))           # OKS
+        cases[i] = diagnose(results, [a for a in anns if not a["ignore"]],
+                            pairs[:, ignored].max(1, initial=0), skeleton)
+    number = {i: len(case.people) for i, case in cases.items()}
+    crowding = {i: crowd_index(case.people) for i, case in cases.items() if case.people}
+    groups = [("images", "all", list(cases)), ("images", "with labeled people", list(crowding))]
+    for group, values in (("people in the image", number), ("crowding", crowding)):
+        groups += [(group, name, [i for i, value in values.items() if low < value <= high])
+                   for name, low, high in GROUPS[group]]
+    scores = []
+    for group, name, ids in groups:
+        part = {i: by_image[i] for i in ids}
+        stats = (scorer.stats if len(part) == len(cases) else
+                 score(truth, part, skeleton.sigmas).stats if part else len(METRICS) * [-1])
+        scores.append({"group": group, "which": name, "images": len(ids),
+                       "people": sum(number[i] for i in ids)} | {
+            metric: float(stats[METRICS.index(metric)]) for metric in ("AP", "AP50", "AP75", "AR")})
+    areas = np.array([p["area"] for case in cases.values() for p in case.people])
+    for name, low, high in (("medium", 32, 96), ("large", 96, 1e5)):
+        inside = (areas >= low ** 2) & (areas <= high ** 2)
+        scores.append({"group": "size", "which": name, "people": int(inside.sum())} | {
+            metric: float(scorer.stats[METRICS.index(f"{metric}_{name}")])
+            for metric in ("AP", "AR")})
+    return {"scores": scores} | count_errors(truth, cases, float(scorer.stats[0]), skeleton)
+
+
+def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skeleton) -> dict:
+    """The keypoints and errors of make_card; ap is that of the results as they are."""
+    told = np.concatenate([case.told for case in cases.values()], 1).sum(1)       # (7, K)
+    told = np.column_stack([told.sum(1), told])                                   # (7, 1 + K)
+    labeled = told[2:].sum(0).astype(int).tolist()
+    keypoints = [{"keypoint": name, "labeled": n}
+                 | dict(zip(KEYPOINT_NUMBERS, (column / n).tolist() if n else 7 * [-1.0]))
+                 for name, n, column in zip(["all", *skeleton.names], labeled, told.T)]
+    kinds = [kind for case in cases.values() for kind in case.kinds]
+    missed = sum(len(case.people) - len(case.pairs) for case in cases.values())
+    errors = []
+    for of, tally in (
+            ("keypoints of found people", dict(zip(KEYPOINT_NUMBERS[2:], told[2:, 0].astype(int)))),
+            ("detections", {kind: kinds.count(kind) for kind in KINDS}),
+            ("people", {"found": kinds.count("best"), "missed": missed})):
+        for name, n in tally.items():
+            row = {"of": of, "kind": name, "count": int(n),
+                   "share": float(n / max(sum(tally.values()), 1))}
+            if name not in ("good", "best", "found"):
+                fixed = {i: put_right(case, name) for i, case in cases.items()}
+                row["AP"] = float(score(truth, fixed, skeleton.sigmas).stats[0])
+                row["gain"] = row["AP"] - ap
+            errors.append(row)
+    return {"keypoints": keypoints, "errors": errors}
+
+
+@torch.no_grad()
+def speed(model: nn.Module, images: Tensor, conf: float, iou: float, flip: list[int] | None,
+          bf16: bool) -> float:
+    """Seconds from images (B, 3, S, S) uint8 in memory to detections: the median of ten calls."""
+    seconds = []
+    for _ in range(13):  # three to warm up
+        start = time.perf_counter()
+        out, _ = look(model, images, flip, bf16)
+        for boxes, scores in zip(out.boxes, out.scores):
+            select(boxes, scores, conf, iou).cpu()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[3:]))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -317,6 +517,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
     p.add_argument("--metrics", metavar="FILE", help="write the ten numbers as json")
     p.add_argument("--results", metavar="FILE", help="write the detections as COCO results")
+    p.add_argument("--card", metavar="FILE.html", help="write what is right and wrong with the "
+                   "detections, and why AP is what it is, as a page; its numbers as FILE.json")
     args = p.parse_args(argv)
     if not args.data and not (args.json and args.images):
         p.error("give --data DIR, or --json FILE and --images DIR")
@@ -324,7 +526,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
     if args.batch_size < 1 or args.workers < 0:
         p.error("--batch-size must be positive, --workers 0 or more")
-    for path in filter(None, (args.metrics, args.results)):
+    if args.card and not args.card.endswith(".html"):
+        p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")
+    if args.card and args.card[:-4] + "json" in (args.metrics, args.results):
+        p.error(f"--card writes its numbers to {args.card[:-4]}json; choose another name")
+    for path in filter(None, (args.metrics, args.results, args.card)):
         if not os.path.isdir(os.path.dirname(path) or "."):
             p.error(f"{path}: there is no folder {os.path.dirname(path)}")
     return args
@@ -375,18 +581,34 @@ def main() -> None:
               f"20 detections an image")
         model, truth = (model.fuse() if args.fuse else model).to(device), quiet_coco(labels)
         how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
+        start = time.time()
         metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
                                      True, *how)
+        seconds = time.time() - start
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
         print(f"{name:10} {value:.4f}")
     if args.metrics:
-        with open(args.metrics, "w") as f:
-            json.dump(metrics, f, indent=1)
+        write_text(args.metrics, json.dumps(metrics, indent=1))
     if args.results:
-        with open(args.results, "w") as f:
-            json.dump([result for found in by_image.values() for result in found], f)
+        write_text(args.results, json.dumps([r for found in by_image.values() for r in found]))
+    if args.card:
+        print(f"diagnosing for {args.card}: about a dozen times the scoring", flush=True)
+        batch = collate([dataset[0, i] for i in range(min(args.batch_size, len(dataset)))])[0]
+        one, many = (speed(model, images, args.conf, args.iou, *how)
+                     for images in (batch[:1], batch))
+        card = {"protocol": {
+            "weights": args.weights, "labels": path, "image size": f"{size} px", "padding": pad,
+            "smallest score": args.conf, "NMS overlap": args.iou, "most detections an image": 20,
+            "flip test": args.flip_test, "autocast": args.amp, "fused": args.fuse,
+            "device": torch.cuda.get_device_name() if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__},
+            "metrics": metrics, **make_card(truth, by_image, skeleton),
+            "speed": {"latency_ms": 1000 * one, "batch": len(batch), "img_s": len(batch) / many,
+                      "evaluation_s": seconds}}
+        write_text(args.card[:-4] + "json", json.dumps(card, indent=1))
+        write_text(args.card, card_page(card))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,324 @@
-"""What the flip test averages, and that evaluate.py looks as its flags say."""
+"""Errors planted into perfect detections are found, in their class alone; the flip test mirrors."""
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import evaluate
-from data import COCO_NAMES, CocoPose, collate, flatten, read_skeleton
-from evaluate import look, mirror
+from data import COCO_NAMES, COCO_SIGMAS, CocoPose, collate, flatten, read_skeleton
+from evaluate import (KEYPOINT_NUMBERS, crowd_index, diagnose, look, make_card, mirror, quiet_coco)
 from model import STRIDES, Decoded, RawOutput, decode, make_anchors
 from people import draw_dataset
+from test_evaluate import coco_file, detections
 
-SKELETON = read_skeleton({"categories": [{"keypoints": COCO_NAMES}]})
+FOLDER = Path(__file__).parent
+CATEGORY = {"id": 1, "name": "person", "keypoints": COCO_NAMES, "skeleton": []}
+SKELETON = read_skeleton({"categories": [CATEGORY]})
+NOSE, L_EYE, L_WRIST, R_WRIST, L_ANKLE = (COCO_NAMES.index(n) for n in (
+    "nose", "left_eye", "left_wrist", "right_wrist", "left_ankle"))
+AREA, WIDTH, HEIGHT = 10_000.0, 120.0, 300.0
+
+
+def person(number: int, image_id: int, x: float, y: float) -> dict:
+    """Keypoints 40 px apart: left ones in one column, right ones in the other, all labeled."""
+    rows = np.array([(x + 40 * name.startswith("right"), y + 35 * (i + 1) // 2, 2)
+                     for i, name in enumerate(COCO_NAMES)], float)
+    return {"id": number, "image_id": image_id, "category_id": 1, "area": AREA, "iscrowd": 0,
+            "bbox": [x - 40, y, WIDTH, HEIGHT], "num_keypoints": 17,
+            "keypoints": rows.ravel().tolist()}
+
+
+def scene() -> tuple[dict, dict]:
+    """Six images, two people in each of them far from each other, and perfect detections."""
+    people = [person(2 * i + j + 1, i, 100 + 900 * j, 50) for i in range(6) for j in range(2)]
+    labels = {"images": [{"id": i, "width": 1500, "height": 500} for i in range(6)],
+              "annotations": people, "categories": [CATEGORY]}
+    by_image = {i: [{"image_id": i, "category_id": 1, "score": 0.5 + 0.01 * p["id"],
+                     "keypoints": list(p["keypoints"])} for p in people if p["image_id"] == i]
+                for i in range(6)}
+    return labels, by_image
+
+
+def rows(result: dict) -> np.ndarray:
+    return np.reshape(result["keypoints"], (17, 3))
+
+
+def put(result: dict, changes: dict) -> dict:
+    """The result with keypoints {k: (x, y)} elsewhere."""
+    pose = rows(result).copy()
+    for k, xy in changes.items():
+        pose[k, :2] = xy
+    return result | {"keypoints": pose.ravel().tolist()}
+
+
+def off(result: dict, k: int, close: float) -> tuple:
+    """Where keypoint k has this similarity to its label."""
+    reach = math.sqrt(-math.log(close) * 8 * COCO_SIGMAS[k] ** 2 * AREA)
+    return rows(result)[k, 0] - 0.6 * reach, rows(result)[k, 1] - 0.8 * reach
+
+
+def plant_inversion(found: list) -> dict:
+    """A wrist, and somebody the other way round: all but the nose."""
+    found[0] = put(found[0], {L_WRIST: rows(found[0])[R_WRIST, :2]})
+    found[1] = put(found[1], dict(enumerate(rows(found[1])[SKELETON.flip, :2])))
+    return {"inversion": 1 + 16}
+
+
+def plant_jitter(found: list) -> dict:
+    found[0] = put(found[0], {k: off(found[0], k, 0.84) for k in (NOSE, L_EYE)}
+                   | {L_ANKLE: off(found[0], L_ANKLE, 0.51), L_WRIST: off(found[0], L_WRIST, 0.86)})
+    return {"jitter": 3}
+
+
+def plant_miss(found: list) -> dict:
+    found[0] = put(found[0], {L_WRIST: off(found[0], L_WRIST, 0.49), NOSE: (-700, 400)})
+    return {"miss": 2}
+
+
+def plant_swap(found: list) -> dict:
+    """A wrist on the other's, and an ankle on the other's other one."""
+    found[0] = put(found[0], {L_WRIST: rows(found[1])[L_WRIST, :2],
+                              L_ANKLE: rows(found[1])[SKELETON.flip[L_ANKLE], :2]})
+    return {"swap": 2}
+
+
+def plant_duplicate(found: list) -> dict:
+    found[1]["score"] = 0.97
+    found.append(found[1] | {"score": 0.96})
+    return {"duplicate": 1}
+
+
+def plant_score(found: list) -> dict:
+    """The exact pose has a low score beside a rough one with a high score."""
+    rough = put(found[0], {k: off(found[0], k, 0.8) for k in range(17)})
+    found[0]["score"], rough["score"] = 0.1, 0.99
+    found.append(rough)
+    return {"score": 1}
+
+
+def plant_background(found: list) -> dict:
+    found.append(put(found[0], {k: (500 + k, 480) for k in range(17)}) | {"score": 0.95})
+    return {"background": 1}
+
+
+def plant_missed(found: list) -> dict:
+    del found[1]
+    return {"missed": 1}
+
+
+PLANTS = [plant_inversion, plant_jitter, plant_miss, plant_swap, plant_duplicate, plant_score,
+          plant_background, plant_missed]
+
+
+def count(card: dict) -> dict:
+    return {row["kind"]: row["count"] for row in card["errors"] if "gain" in row and row["count"]}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_error_is_found_in_its_class_alone_and_gives_the_lost_ap_back(plant):
+    labels, by_image = scene()
+    truth = quiet_coco(labels)
+    assert count(make_card(truth, by_image, SKELETON)) == {}
+    planted = plant(by_image[2])
+    card = make_card(truth, by_image, SKELETON)
+    assert count(card) == planted
+    by_error = {row["kind"]: row for row in card["errors"]}
+    ap, (name,) = card["scores"][0]["AP"], planted
+    assert ap < 1 - 1e-3
+    assert by_error[name]["AP"] == pytest.approx(1, abs=1e-12)
+    assert by_error[name]["gain"] == pytest.approx(1 - ap, abs=1e-12)
+    for other in set(by_error) - {"good", "best", "found", "score"} - planted.keys():
+        assert by_error[other]["gain"] == 0  # the best order of scores may hide other errors
+    sums_to_one(card)
+
+
+def sums_to_one(card: dict) -> None:
+    for of in {row["of"] for row in card["errors"]}:
+        shares = [row["share"] for row in card["errors"] if row["of"] == of]
+        assert sum(shares) == pytest.approx(1, abs=1e-12)
+    for row in card["keypoints"]:
+        assert sum(row[e] for e in KEYPOINT_NUMBERS[2:]) == pytest.approx(1, abs=1e-12)
+
+
+def test_all_errors_at_once_are_counted_side_by_side():
+    labels, by_image = scene()
+    for i, plant in enumerate(PLANTS[:6]):
+        plant(by_image[i])
+    plant_background(by_image[0])
+    card = make_card(quiet_coco(labels), by_image, SKELETON)
+    assert count(card) == {"jitter": 3, "inversion": 17, "swap": 2, "miss": 2, "score": 1,
+                           "duplicate": 1, "background": 1}
+    sums_to_one(card)
+    assert {r["kind"]: r["count"] for r in card["errors"]}["good"] == 12 * 17 - 3 - 17 - 2 - 2
+    table = {row["keypoint"]: row for row in card["keypoints"]}
+    assert table["left_wrist"]["inversion"] == 2 / 12 and table["left_wrist"]["swap"] == 1 / 12
+    assert table["nose"]["miss"] == table["nose"]["jitter"] == 1 / 12
+
+
+def test_what_coco_does_not_score_is_no_error():
+    """A crowd and somebody without keypoints take detections in; no label, no error."""
+    labels, by_image = scene()
+    labels["annotations"] += [
+        person(90, 3, 500, 50) | {"iscrowd": 1},
+        person(91, 4, 500, 50) | {"num_keypoints": 0, "keypoints": 51 * [0]}]
+    for i in (3, 4):
+        by_image[i].append(put(by_image[i][0], dict(enumerate(
+            rows(person(0, i, 500, 50))[:, :2]))) | {"score": 0.9})
+    first = labels["annotations"][0]
+    first["keypoints"] = put(first, {})["keypoints"]
+    first["keypoints"][3 * NOSE:3 * NOSE + 3] = 0, 0, 0
+    first["num_keypoints"] = 16
+    card = make_card(quiet_coco(labels), by_image, SKELETON)
+    assert count(card) == {} and card["scores"][0]["AP"] == pytest.approx(1)
+    assert [row["labeled"] for row in card["keypoints"]] == [12 * 17 - 1, 11] + 16 * [12]
+
+
+def test_keypoint_oks_and_pck_by_hand():
+    """A tenth of a box of 120 x 300 px is 30 px, half a pixel either way decides; unfound people
+    are left out."""
+    labels, by_image = scene()
+    x, y = rows(by_image[0][0])[L_ANKLE, :2]
+    by_image[0][0] = put(by_image[0][0], {L_ANKLE: (x, y + 29.5), NOSE: (
+        rows(by_image[0][0])[NOSE, 0] - 30.5, rows(by_image[0][0])[NOSE, 1])})
+    del by_image[5][0]
+    card = make_card(quiet_coco(labels), by_image, SKELETON)
+    table = {row["keypoint"]: row for row in card["keypoints"]}
+    ankle = math.exp(-29.5 ** 2 / (2 * 10_000 * (2 * 0.089) ** 2))
+    nose = math.exp(-30.5 ** 2 / (2 * 10_000 * (2 * 0.026) ** 2))
+    assert table["left_ankle"]["OKS"] == pytest.approx((10 + ankle) / 11, abs=1e-12)
+    assert table["nose"]["OKS"] == pytest.approx((10 + nose) / 11, abs=1e-12)
+    assert table["left_ankle"]["PCK"] == 1 and table["nose"]["PCK"] == 10 / 11
+    assert table["all"]["PCK"] == (11 * 17 - 1) / (11 * 17) and table["all"]["labeled"] == 11 * 17
+
+
+def pycocotools_stats(labels: dict, results: list, ids: list, folder: Path) -> np.ndarray:
+    (folder / "gt.json").write_text(json.dumps(labels))
+    (folder / "dt.json").write_text(json.dumps(results))
+    truth = COCO(str(folder / "gt.json"))
+    scorer = COCOeval(truth, truth.loadRes(str(folder / "dt.json")), "keypoints")
+    scorer.params.imgIds = ids
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    return scorer.stats
+
+
+def slow_crowd_index(people: list) -> float:
+    ratios = []
+    for a in people:
+        x, y, w, h = a["bbox"]
+        own = foreign = 0
+        for b in people:
+            for px, py, v in np.reshape(b["keypoints"], (-1, 3)).tolist():
+                own += b is a and v > 0
+                foreign += b is not a and v > 0 and x <= px <= x + w and y <= py <= y + h
+        ratios.append(min(foreign / own, 1))
+    return sum(ratios) / len(ratios)
+
+
+def test_every_ap_is_that_of_pycocotools_on_files(tmp_path):
+    """All images, those with people, by number of people, by crowding; sizes; images without."""
+    dump = np.load(FOLDER / "metric.npz")
+    labels = coco_file(dump["gt"])
+    labels["images"].append({"id": 999, "width": 640, "height": 640, "file_name": "none"})
+    ids = [image["id"] for image in labels["images"]]
+    by_image = detections(dump["dt"], ids)
+    by_image[999] = [next(filter(None, by_image.values()))[0] | {"image_id": 999, "score": 0.99}]
+    people = {i: [a for a in labels["annotations"] if a["image_id"] == i and a["num_keypoints"]
+                  and not a["iscrowd"]] for i in ids}
+    crowding = {i: slow_crowd_index(p) for i, p in people.items() if p}
+    number, crowd = "people in the image", "crowding"
+    groups = {("images", "all"): ids, ("images", "with labeled people"): list(crowding),
+              (number, "1"): [i for i in ids if len(people[i]) == 1],
+              (number, "2"): [i for i in ids if len(people[i]) == 2],
+              (number, "3 to 5"): [i for i in ids if 3 <= len(people[i]) <= 5],
+              (number, "6 or more"): [i for i in ids if len(people[i]) >= 6],
+              (crowd, "easy"): [i for i, c in crowding.items() if c <= 0.1],
+              (crowd, "medium"): [i for i, c in crowding.items() if 0.1 < c <= 0.8],
+              (crowd, "hard"): [i for i, c in crowding.items() if c > 0.8]}
+    scores = {(row["group"], row["which"]): row for row in
+              make_card(quiet_coco(labels), by_image, SKELETON)["scores"]}
+    results = [r for found in by_image.values() for r in found]
+    for name, chosen in groups.items():
+        row = scores.pop(name)
+        assert row["images"] == len(chosen) and row["people"] == sum(len(people[i]) for i in chosen)
+        stats = pycocotools_stats(labels, results, chosen, tmp_path) if chosen else 10 * [-1]
+        np.testing.assert_allclose([row[m] for m in ("AP", "AP50", "AP75", "AR")],
+                                   [stats[i] for i in (0, 1, 2, 5)], atol=1e-12)
+    assert sum(map(bool, groups.values())) >= 6
+    stats = pycocotools_stats(labels, results, ids, tmp_path)
+    for i, name, low, high in ((3, "medium", 1024, 9216), (4, "large", 9216, 1e10)):
+        row = scores.pop(("size", name))
+        areas = [a["area"] for p in people.values() for a in p]
+        assert row["people"] == sum(low <= area <= high for area in areas) > 0
+        np.testing.assert_allclose([row["AP"], row["AR"]], [stats[i], stats[i + 5]], atol=1e-12)
+    assert not scores
+
+
+def test_crowd_index_by_hand():
+    """Somebody with all of another's 17 keypoints in the box, who has none of the first's."""
+    one, two = person(1, 0, 100, 50), person(2, 0, 400, 50)
+    assert crowd_index([one, two]) == 0 and crowd_index([one]) == 0
+    assert crowd_index([one | {"bbox": [0, 0, 1000, 1000]}, two]) == 0.5
+    two["keypoints"][2::3] = [2] * 5 + [0] * 12
+    assert crowd_index([one | {"bbox": [0, 0, 1000, 1000]}, two]) == pytest.approx(5 / 17 / 2)
+    assert crowd_index([one, two | {"bbox": [0, 0, 1000, 1000]}]) == 0.5  # 17 / 5 counts as 1
+
+
+def slow_error(pose: np.ndarray, whose: int, k: int, people: list) -> str:
+    """The class of one keypoint by the words of diagnose."""
+    def close(m: int, j: int) -> float:
+        x, y, v = people[m]["keypoints"][3 * j:3 * j + 3]
+        e = ((pose[k] - (x, y)) ** 2).sum() / (8 * COCO_SIGMAS[k] ** 2 * people[m]["area"])
+        return math.exp(-e) if v else 0.0
+    own, side = close(whose, k), close(whose, SKELETON.flip[k])
+    others = [close(m, j) for m in range(len(people)) if m != whose for j in (k, SKELETON.flip[k])]
+    if own >= 0.85:
+        return "good"
+    if max([own, side, *others]) < 0.5:
+        return "miss"
+    if own >= max([side, *others]):
+        return "jitter"
+    return "inversion" if side >= max(others, default=0) else "swap"
+
+
+def test_classes_of_many_keypoints_are_those_of_a_slow_version():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(30):
+        people = [person(i + 1, 0, *rng.uniform(50, 200, 2)) | {"area": rng.uniform(4e3, 4e4)}
+                  for i in range(4)]
+        for p in people:
+            p["keypoints"][2::3] = rng.integers(0, 3, 17).tolist()
+        results = [{"score": 1 - i / 9, "keypoints": (np.array(p["keypoints"])
+                    + rng.normal(size=51) * 12).tolist()} for i, p in enumerate(people)]
+        case = diagnose(results, people, np.zeros(4), SKELETON)
+        for (d, m), told in zip(case.pairs, case.told.transpose(1, 2, 0)):
+            pose, labels = rows(results[d])[:, :2], rows(people[m])
+            for k in range(17):
+                if labels[k, 2] == 0:
+                    assert not told[k].any()
+                    continue
+                expected = slow_error(pose, m, k, people)
+                assert [n for n, v in zip(KEYPOINT_NUMBERS[2:], told[k, 2:]) if v] == [expected]
+                seen.add(expected)
+    assert seen == set(KEYPOINT_NUMBERS[2:])
+
+
+def test_nothing_found_and_nobody_there():
+    labels, by_image = scene()
+    card = make_card(quiet_coco(labels), {i: [] for i in by_image}, SKELETON)
+    assert count(card) == {"missed": 12} and card["keypoints"][0] == {
+        "keypoint": "all", "labeled": 0} | dict.fromkeys(KEYPOINT_NUMBERS, -1)
+    card = make_card(quiet_coco(labels | {"annotations": []}), by_image, SKELETON)
+    assert count(card) == {"background": 12} and card["scores"][0]["AP"] == -1
+    json.dumps(card)
 
 
 def random_outputs(height: int, width: int) -> Decoded:
@@ -102,6 +406,22 @@ def run(small, official_n, monkeypatch, capsys):
     return run
 
 
+def test_the_command_writes_a_page_and_its_numbers(small, run):
+    run("--metrics", str(small / "m.json"), "--results", str(small / "r.json"),
+        "--card", str(small / "card.html"), "--flip-test", "--fuse")
+    card = json.loads((small / "card.json").read_text())
+    metrics = json.loads((small / "m.json").read_text())
+    assert card["metrics"] == metrics and card["scores"][0]["AP"] == metrics["AP"]
+    assert card["protocol"]["flip test"] and card["protocol"]["fused"]
+    assert card["speed"]["batch"] == 8 and card["speed"]["latency_ms"] > 0
+    assert not list(small.glob("*.tmp"))
+    page = (small / "card.html").read_text()
+    for text in (*COCO_NAMES, *card["protocol"], "jitter", "background", "missed", "6 or more"):
+        assert text in page
+    assert "8 images, 0 of them without labeled people" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing from elsewhere
+
+
 def test_each_way_of_looking_is_the_one_asked_for(small, official_n, run):
     """The best score of each image, against the network called by hand; no two ways are equal."""
     labels = json.loads((small / "set/annotations/person_keypoints_val2017.json").read_text())
@@ -125,3 +445,14 @@ def test_each_way_of_looking_is_the_one_asked_for(small, official_n, run):
         np.testing.assert_allclose(best[flags], scores.amax(1), rtol=0, atol=1e-7)
     for a, b in itertools.combinations(best.values(), 2):
         assert (a != b).any()
+
+
+@pytest.mark.parametrize("flags,complaint", [
+    (["--card", "card.htm"], "--card card.htm must end in .html"),
+    (["--card", "nowhere/card.html"], "there is no folder nowhere"),
+    (["--card", "a.html", "--metrics", "a.json"], "choose another name"),
+    (["--amp", "fp16"], "choose from")])
+def test_bad_flags_are_refused(flags, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(["--data", "d", "--weights", "w", *flags])
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
