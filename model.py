@@ -376,7 +376,7 @@ class YoloNasPose(nn.Module):
                 module.momentum = row.bn_momentum
 
     def forward(self, images: Tensor) -> RawOutput:
-        b, k = len(images), self.num_keypoints
+        b, k = images.shape[0], self.num_keypoints  # len() would fix it in an export
         levels = self.neck(*self.backbone(images))
         maps = [head(x) for head, x in zip(self.heads.values(), levels)]
         cls, box, pose = (torch.cat([m.flatten(2) for m in kind], dim=2).transpose(1, 2)
