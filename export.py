@@ -1,0 +1,267 @@
+"""A checkpoint as one file for other programs, decoding included: ONNX, or PyTorch's pt2.
+
+    python export.py --weights runs/train/best.pt --format onnx --data DIR [--int8]
+
+In      images (B, 3, H, W) uint8, RGB; any B, H and W multiples of 32, at least 64
+Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of the input; scores
+        (B, A) and keypoint_scores (B, A, K) in [0, 1]. A anchors, most of them background
+Inside  json, as metadata of ONNX, as extra file nanopose.json of pt2: the keypoints' names, flip,
+        edges, sigmas; image_size and pad: scale an image by image_size / its longer side, fill with
+        127 (bottom_right, or center: all around); conf, iou, pre, post of evaluate.py's select
+
+NMS is yours; for boxes (A, 4) and scores (A,) of one image, in numpy (kept: best first):
+
+    left, kept = np.argsort(-scores)[:pre], []
+    left = left[scores[left] >= conf]
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    while len(left) and len(kept) < post:
+        i, left = left[0], left[1:]
+        kept.append(i)
+        low = np.maximum(boxes[i, :2], boxes[left, :2])
+        high = np.minimum(boxes[i, 2:], boxes[left, 2:])
+        shared = (high - low).clip(0).prod(1)
+        left = left[shared <= iou * (area[i] + area[left] - shared)]
+"""
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import (BODY_SHARE_OF_BOX, COCO_EDGES, COCO_NAMES, CocoPose, Skeleton, check_files,
+                  collate, find_split, flatten, read_json, read_skeleton)
+from evaluate import detect, input_of, keypoint_ap, load_model, quiet_coco, select, val_batches
+from model import Decoded, decode
+
+LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
+TOLERANCE = 0.001, 0.01   # cost of a part in int8: 1 - OKS, difference of the person score
+# ConvTranspose has no int8 kernel on CPUs; what lies between convolutions would convert to and fro.
+INT8_OPS = ["Conv", "Relu", "MaxPool", "Concat", "Add", "Mul"]
+
+
+class Exported(nn.Module):
+    """Images (B, 3, H, W) uint8 to the fields of Decoded; torch.export.save takes a plain tuple."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(decode(self.model(images.float() / 255)))
+
+
+def write(model: nn.Module, path: str, meta: dict) -> None:
+    """The fused network as a file for CPUs, path ending with .onnx or .pt2. No mask branch."""
+    model.mask = None
+    shapes = {"images": {0: torch.export.Dim("batch"), 2: 32 * torch.export.Dim("rows"),
+                         3: 32 * torch.export.Dim("columns")}}
+    example = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
+    program = torch.export.export(Exported(model), (example,), dynamic_shapes=shapes)
+    if path.endswith(".pt2"):
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # names folders of this computer
+        torch.export.save(program, path, extra_files={"nanopose.json": json.dumps(meta)})
+        return
+    import onnx
+    made = torch.onnx.export(
+        program, dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=["images"],
+        output_names=["boxes", "scores", "keypoints", "keypoint_scores"]).model_proto
+    for node in made.graph.node:  # named by their module, which quantize goes by
+        scopes = [p.value for p in node.metadata_props if p.key.endswith("name_scopes")]
+        node.name = f"{ast.literal_eval(scopes[0])[-2] if scopes else ''}/{node.name}"
+        del node.metadata_props[:]
+    onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in meta.items()})
+    onnx.save(made, path)
+
+
+def open_file(path: str, threads: int = 0):
+    """A function of images (B, 3, H, W) uint8 to Decoded that runs a written file on the CPU."""
+    if path.endswith(".pt2"):
+        module = torch.export.load(path).module()
+        return lambda images: Decoded(*module(images))
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads  # 0: all
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: Decoded(*map(torch.from_numpy, session.run(
+        None, {"images": np.ascontiguousarray(images.numpy())})))
+
+
+def largest_difference(a, b, batches: list[Tensor]) -> tuple[float, float]:
+    """Of two functions of images: in px of boxes and keypoints, and in scores. NaN counts."""
+    pairs = [[(x - y).abs().max() for x, y in zip(a(images), b(images))] for images in batches]
+    boxes, scores, keypoints, kpt_scores = torch.tensor(pairs).T                  # (batches,) each
+    return max(boxes.max(), keypoints.max()).item(), max(scores.max(), kpt_scores.max()).item()
+
+
+def average_precision(run, dataset: CocoPose, labels: dict) -> float:
+    """AP of a function of images on a data set, with evaluate.py's protocol."""
+    by_image = {}
+    for keys in val_batches(len(dataset), 16):
+        images, targets = collate([dataset[key] for key in keys])
+        by_image |= detect(run(images), targets, labels["categories"][0]["id"], 0.01, 0.7)
+    return keypoint_ap(quiet_coco(labels), by_image, dataset.skeleton.sigmas)["AP"]
+
+
+def cost(run, wanted: list[Decoded], images: list[Tensor], sigmas: list[float]) -> Tensor:
+    """What int8 costs, (2,): 1 - OKS and the difference in score, means over float's detections."""
+    rows = []
+    for image, was in zip(images, wanted):
+        now, kept = run(image), select(was.boxes[0], was.scores[0], 0)            # (D,)
+        area = (was.boxes[0, kept, 2:] - was.boxes[0, kept, :2]).prod(1) * BODY_SHARE_OF_BOX
+        square = (was.keypoints - now.keypoints)[0, kept].square().sum(-1)        # (D, K)
+        oks = (-square / (8 * area[:, None] * torch.tensor(sigmas) ** 2 + 1e-9)).exp().mean(1)
+        scores = was.scores[0, kept]
+        moved = (scores - now.scores[0, kept]).abs()
+        rows.append(torch.stack([scores * (1 - oks), scores * moved, scores], 1))         # (D, 3)
+    total = torch.cat(rows).sum(0)
+    return total[:2] / total[2]
+
+
+def parts_of(path: str) -> dict[str, list[str]]:
+    """{part of the network: its nodes that int8 can run}. Decoding is in none of them."""
+    import onnx
+    parts = {}
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        scope = node.name.split("/")[0].split(".")  # model.heads.head1.cls_pred or so
+        if node.op_type in INT8_OPS and len(scope) > 2:
+            name = ".".join(scope[1:4 if scope[-1].endswith("_pred") else 3])
+            parts.setdefault(name, []).append(node.name)
+    return parts
+
+
+def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> None:
+    """Write `out`: path with these nodes in int8, their ranges those that images (1, 3, S, S) need.
+
+    Unsigned activations, signed weights for each channel, of 7 bits: x86 processors without VNNI
+    add two products in 16 bits.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    batches = iter({"images": np.ascontiguousarray(image.numpy())} for image in images)
+    quantize_static(path, out, SimpleNamespace(get_next=lambda: next(batches, None)),
+                    quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
+                    op_types_to_quantize=INT8_OPS, nodes_to_quantize=nodes)
+
+
+def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> None:
+    """Write `out`: path in int8, but for the parts that alone cost more than TOLERANCE."""
+    run, kept = open_file(path), []
+    wanted = [run(image) for image in images]
+    for part, nodes in parts_of(path).items():
+        quantize(path, out, images, nodes)
+        miss, shift = cost(open_file(out), wanted, images, sigmas).tolist()
+        sensitive = miss > TOLERANCE[0] or shift > TOLERANCE[1]
+        kept += [] if sensitive else nodes
+        print(f"{part:24} alone in int8: 1 - OKS {miss:.4f}, scores {shift:.4f}"
+              + ", stays in float" * sensitive, flush=True)
+    quantize(path, out, images, kept)
+
+
+def speeds(paths: list[str], image: Tensor, rounds: int = 25) -> list[float]:
+    """Median seconds of each file for one image on one thread, taken in turns."""
+    runs = [open_file(path, threads=1) for path in paths]
+    seconds = np.zeros((rounds, len(runs)))
+    for i, j in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        runs[j](image)
+        seconds[i, j] = time.perf_counter() - start
+    return np.median(seconds[2:], axis=0).tolist()
+
+
+def open_split(data: str, split: str, file: dict, size: int) -> tuple[CocoPose, dict]:
+    """The images of a split as evaluate.py sees them, and its labels."""
+    path, folder = find_split(data, split)
+    labels = read_json(path)
+    annotations = flatten(labels)
+    check_files(annotations.files, folder)
+    skeleton = Skeleton(**file["skeleton"])
+    return CocoPose(annotations, folder, skeleton, size, input_of(file)[1]), labels
+
+
+def pixels(dataset: CocoPose, count: int) -> list[Tensor]:
+    """The first images of a set, (1, 3, S, S) uint8 each."""
+    return [collate([dataset[0, i]])[0] for i in range(min(count, len(dataset)))]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--weights", required=True, metavar="FILE", help="of train.py, or official")
+    p.add_argument("--model", choices=["n", "s", "m", "l"], help="for an official checkpoint")
+    p.add_argument("--format", required=True, choices=["onnx", "pt2"])
+    p.add_argument("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
+    p.add_argument("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
+    p.add_argument("--data", metavar="DIR", help="COCO root whose images the file is compared on; "
+                   "default: noise")
+    p.add_argument("--train-split", default="train2017", help="ranges of int8; default: train2017")
+    p.add_argument("--split", default="val2017", help="compared and scored; default: val2017")
+    args = p.parse_args(argv)
+    if args.int8 and (args.format != "onnx" or not args.data):
+        p.error("--int8 needs --format onnx and --data DIR, images to find the ranges of numbers")
+    needed = ["onnx", "onnxscript", "onnxruntime"] if args.format == "onnx" else []
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"export.py: --format onnx needs {', '.join(missing)}; "
+                 f"pip install {' '.join(missing)}")
+    stem = os.path.splitext(args.weights)[0] + "_int8" * args.int8
+    args.out = args.out or f"{stem}.{args.format}"
+    if not args.out.endswith("." + args.format):
+        p.error(f"--out {args.out} must end with .{args.format}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        model, file = load_model(args.weights, args.model)
+        file.setdefault("skeleton", read_skeleton({"categories": [
+            {"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}]})._asdict())
+        size, pad = input_of(file)
+        sizes, images = (size, max(size * 3 // 4 // 32 * 32, 64)), []
+        for side in sizes:  # batches of 1, 1, 3, 3, ...
+            if args.data:
+                one = pixels(open_split(args.data, args.split, file, side)[0], 20)
+            else:
+                one = list(torch.randint(256, (20, 1, 3, side, side), dtype=torch.uint8))
+            images += one[:2] + [torch.cat(one[i:i + 3]) for i in range(2, len(one), 3)]
+        folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
+    except (ValueError, OSError) as error:
+        sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
+    meta = {**file["skeleton"], "image_size": size, "pad": pad, "conf": 0.01, "iou": 0.7,
+            "pre": 300, "post": 20}
+    with folder:
+        written = os.path.join(folder.name, f"float.{args.format}")
+        write(model.fuse(), written, meta)
+        eager = Exported(model)
+        px, score = largest_difference(lambda x: eager(x), open_file(written), images)
+        print(f"largest difference from PyTorch: {px:.1e} px, {score:.1e} in scores; "
+              f"{'images' if args.data else 'noise'} of {sizes[0]} and {sizes[1]} px, "
+              f"batches of 1 and 3")
+        if not (px <= LARGEST[0] and score <= LARGEST[1]):
+            sys.exit(f"export.py: more than {LARGEST[0]} px or {LARGEST[1]}, so nothing is written")
+        if args.int8:
+            val_set, labels = open_split(args.data, args.split, file, size)
+            train_set, _ = open_split(args.data, args.train_split, file, size)
+            small = os.path.join(folder.name, "int8.onnx")
+            to_int8(written, small, pixels(train_set, 32), file["skeleton"]["sigmas"])
+            seconds = speeds([written, small], images[0])
+            for path, s in zip((written, small), seconds):
+                ap = average_precision(open_file(path), val_set, labels)
+                print(f"{os.path.basename(path):12} AP {ap:.4f}  {os.path.getsize(path) / 1e6:.2f} "
+                      f"MB  {1 / s:.1f} img/s on one thread")
+            written = small
+        os.replace(written, args.out)
+    print(f"{args.out}  {os.path.getsize(args.out) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""export.py: files that say what the network says, and what is inside them."""
+import json
+import os
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import export
+from data import COCO_EDGES, COCO_NAMES, read_skeleton
+from evaluate import load_model, select
+from model import YoloNasPose
+from people import draw_dataset
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    """A checkpoint of a new network; its norms have seen two batches."""
+    torch.manual_seed(0)
+    model = YoloNasPose("n").train()
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.rand(4, 3, 96, 96))
+    path = tmp_path_factory.mktemp("weights") / "x.pt"
+    skeleton = read_skeleton({"categories": [{"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}]})
+    torch.save({"format": "nanopose", "args": {"model": "n", "image_size": 96, "val_pad": "center"},
+                "skeleton": skeleton._asdict(), "model": model.state_dict()}, path)
+    return str(path)
+
+
+def call(monkeypatch, *flags) -> str | int | None:
+    """What main says as it exits."""
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, flags)])
+    try:
+        export.main()
+    except SystemExit as end:
+        return end.code
+
+
+def onnx_packages() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="pip install onnx onnxscript onnxruntime")
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_path, monkeypatch,
+                                                                 kind):
+    if kind == "onnx":
+        onnx_packages()
+    path = str(tmp_path / f"x.{kind}")
+    assert call(monkeypatch, "--weights", weights, "--format", kind, "--out", path) is None
+    assert os.listdir(tmp_path) == [f"x.{kind}"]
+    model, _ = load_model(weights)
+    eager, run = export.Exported(model), export.open_file(path)
+    for b, height, width in ((1, 96, 96), (3, 64, 160), (2, 192, 128)):
+        images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8)
+        with torch.no_grad():
+            for want, found in zip(eager(images), run(images)):
+                assert want.shape == found.shape
+                np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
+    if kind == "pt2":
+        extra = {"nanopose.json": ""}
+        torch.export.load(path, extra_files=extra)
+        inside = json.loads(extra["nanopose.json"])
+    else:
+        import onnx
+        inside = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    assert inside["names"] == COCO_NAMES and inside["image_size"] == 96 and inside["pad"] == "center"
+    assert inside["edges"][0] == [15, 13] and inside["flip"][1] == 2 and inside["iou"] == 0.7
+
+
+def test_the_nms_of_the_docstring_is_evaluates():
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 60, (400, 2))
+    boxes = np.concatenate([low, low + rng.uniform(5, 40, (400, 2))], 1)
+    scores, settings = rng.uniform(0, 1, 400), {"conf": 0.2, "iou": 0.6, "pre": 200, "post": 20}
+    text = export.__doc__.split("kept: best first):")[1]
+    names = {"np": np, "boxes": boxes, "scores": scores, **settings}
+    exec(textwrap.dedent(text), names)
+    want = select(torch.tensor(boxes), torch.tensor(scores), **settings)
+    assert names["kept"] == want.tolist() and len(want) == 20
+
+
+def test_a_file_that_differs_is_not_written(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST", (-1, 1))
+    said = call(monkeypatch, "--weights", weights, "--format", "pt2", "--out", tmp_path / "x.pt2")
+    assert "nothing is written" in said and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--format", "pt2", "--int8"], 2), (["--format", "onnx", "--int8"], 2),
+    (["--format", "pt2", "--out", "x.onnx"], 2),
+    (["--format", "pt2", "--data", "nowhere"], "no folder nowhere/val2017"),
+    (["--format", "pt2", "--weights", "nowhere.pt"], "nowhere.pt"),
+    (["--format", "pt2", "--out", "nowhere/x.pt2"], "nowhere"),
+])
+def test_bad_input_gets_one_line(weights, monkeypatch, flags, message):
+    said = call(monkeypatch, "--weights", weights, *flags)
+    assert said == message or message in said and "\n" not in said
+
+
+def test_a_missing_package_is_named_with_its_command(weights, monkeypatch):
+    real = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec",
+                        lambda name: None if name.startswith("onnx") else real(name))
+    assert call(monkeypatch, "--weights", weights, "--format", "onnx") == (
+        "export.py: --format onnx needs onnx, onnxscript, onnxruntime; "
+        "pip install onnx onnxscript onnxruntime")
+
+
+def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_path, monkeypatch):
+    onnx_packages()
+    import onnx
+    draw_dataset(str(tmp_path / "people"), train=4, val=4, side=96)
+    path, parts = tmp_path / "x.onnx", None
+    flags = ["--weights", weights, "--format", "onnx", "--int8", "--data", tmp_path / "people",
+             "--out", path]
+    real = export.parts_of
+
+    def few(path):  # three parts are enough to see the rule at work
+        nonlocal parts
+        parts = real(path)
+        return {name: parts[name] for name in ("backbone.stem", "backbone.stage4", "heads.head1")}
+    monkeypatch.setattr(export, "parts_of", few)
+    monkeypatch.setattr(export, "cost", lambda *a: costs.pop(0))
+    costs = [torch.tensor(row) for row in ([0.0, 0.0], [0.0, 0.0], [1.0, 0.0])]
+    assert call(monkeypatch, *flags) is None
+    assert len(parts) == 22 and not any("decode" in name or name == "" for name in parts)
+    graph = onnx.load(str(path)).graph
+    weights_int8 = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    for part, int8 in (("backbone.stem.", True), ("backbone.stage4.", True), ("heads.head1.", False)):
+        names = [n for n in weights_int8 if f"model.{part}" in n]
+        assert bool(names) == int8, part
+    assert os.path.getsize(path) < 28e6 * 0.8  # a third of the weights is in stage4
+    assert {p.key for p in onnx.load(str(path)).metadata_props} >= {"names", "sigmas", "image_size"}
+
+
+def test_what_int8_costs_by_hand():
+    """Two people of scores 0.9 and 0.3; the first's only keypoint moves so that its OKS is 1/e."""
+    box, area = [0.0, 0.0, 10.0, 20.0], 0.53 * 200
+    was = export.Decoded(torch.tensor([[box, [50.0, 50, 60, 70]]]), torch.tensor([[0.9, 0.3]]),
+                         torch.zeros(1, 2, 1, 2), torch.ones(1, 2, 1))
+    moved = was.keypoints.clone()
+    moved[0, 0, 0, 0] = (8 * area * 0.1 ** 2) ** 0.5
+    now = was._replace(keypoints=moved, scores=torch.tensor([[0.8, 0.3]]))
+    found = export.cost(lambda image: now, [was], [None], [0.1])
+    want = 0.9 * (1 - np.exp(-1)) / 1.2, 0.9 * 0.1 / 1.2
+    np.testing.assert_allclose(found, want, rtol=1e-5)
