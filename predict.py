@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", default="runs/predict", metavar="DIR", help="default: runs/predict")
     p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id is "
                    "the file's name if all are numbers, else its place, counted from 0")
-    p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.png")
+    p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
     p.add_argument("--conf", type=float, default=0.3, help="smallest person score; default: 0.3")
     p.add_argument("--iou", type=float, default=0.7, help="largest overlap of two; default: 0.7")
     p.add_argument("--batch-size", type=int, default=8, help="images at a time; default: 8")
@@ -158,7 +158,7 @@ def main() -> None:
               flush=True)
     if args.sheet and sheet:
         contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
-            os.path.join(args.out, "sheet.png"))
+            os.path.join(args.out, "sheet.jpg"), quality=88)
     if args.json:
         write_text(args.json, json.dumps(results))
     print(f"\n{people} people in {len(files) - bad} images; pictures in {args.out}")

@@ -94,7 +94,7 @@ def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
     first = max((r for r in results if r["image_id"] == 3), key=lambda r: r["score"])
     want = keypoints[0] - [0.5, 0.5, 0]
     np.testing.assert_allclose(np.reshape(first["keypoints"], (17, 3)), want, atol=1e-2)
-    assert Image.open(tmp_path / "o" / "sheet.png").size == (1920, 480)
+    assert Image.open(tmp_path / "o" / "sheet.jpg").size == (1920, 480)
 
 
 def test_frames_come_in_order_and_names_do_not_collide(tmp_path):
