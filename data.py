@@ -500,7 +500,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
         linear, offset = torch.from_numpy(color.copy()).split([3, 1], 1)
         outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()         # (3,)
         linear = linear.float()
-    patch = np.ascontiguousarray(image[y0:y1, x0:x1].transpose(2, 0, 1))          # (C, h, w)
+    patch = np.array(image[y0:y1, x0:x1].transpose(2, 0, 1), order="C")             # (C, h, w)
     patch = torch.from_numpy(patch).float().sub_(outside[:, None, None])
     # grid_sample's places go from -1 to 1, from edge to edge.
     scale, back = 2 / np.array([x1 - x0, y1 - y0]), inverse[:2] - [[0, 0, x0], [0, 0, y0]]
