@@ -115,14 +115,15 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, centers: Tensor, gt
     # 1
     similarity = oks(keypoints[:, None], gt_keypoints[:, :, None, :, :2], visible[:, :, None],
                      area[:, :, None], sigmas)                                    # (B, M, A)
-    quality = pairwise_iou(gt_boxes, boxes) * similarity.clamp(min=oks_floor)     # (B, M, A)
+    quality = pairwise_iou(gt_boxes, boxes).mul_(similarity.clamp_(min=oks_floor))   # (B, M, A)
+    del similarity  # each of these takes 27 MB with 50 people in 16 images of 640 px
     allowed = inside(centers, gt_boxes) & people[..., None]                       # (B, M, A)
     # 2
     eps, relative = EPS, quality * allowed                                        # (B, M, A)
     if oks_floor > 0:
         eps = torch.finfo(quality.dtype).tiny
-        relative = relative / relative.amax(2, keepdim=True).clamp(min=eps)       # (B, M, A)
-    metric = scores[:, None].pow(alpha) * relative.pow(beta)                      # (B, M, A)
+        relative /= relative.amax(2, keepdim=True).clamp(min=eps)
+    metric = relative.pow_(beta).mul_(scores[:, None].pow(alpha))                 # (B, M, A)
     # 3
     best = metric.topk(min(topk, metric.shape[2]), dim=2).indices                 # (B, M, topk)
     wanted = torch.zeros_like(allowed).scatter_(2, best, True) & allowed          # (B, M, A)
@@ -134,8 +135,8 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, centers: Tensor, gt
     rows = torch.arange(people.shape[1], device=person.device)[:, None]           # (M, 1)
     owned = person[:, None] == rows                                               # (B, M, A)
     # 5
-    metric = metric * owned
-    scale = (quality * owned).amax(2, keepdim=True) / (metric.amax(2, keepdim=True) + eps)
+    metric *= owned
+    scale = quality.mul_(owned).amax(2, keepdim=True) / (metric.amax(2, keepdim=True) + eps)
     return person, (metric * scale).amax(1)
 
 
