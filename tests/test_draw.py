@@ -352,6 +352,7 @@ def test_the_worst_median_and_best_images_are_found_and_few_are_opened(people, m
     assert len(extremes(model, dataset, truth, moved, most=4)) == len(ranked) <= 4
 
 
+@pytest.mark.long
 def test_a_report_changes_no_bit_and_goes_on_after_a_stop(people, tmp_path):
     """A run that stops and goes on, with reports, against an unbroken one without."""
     silent = ("import draw, train; draw.Log.report = lambda self, pictures: None; "

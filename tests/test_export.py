@@ -84,7 +84,9 @@ def test_the_nms_of_the_docstring_is_evaluates():
 
 
 def test_a_file_that_differs_is_not_written(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "LARGEST", (-1, 1))
+    monkeypatch.setattr(export, "write", lambda model, path, meta: open(path, "w").close())
+    monkeypatch.setattr(export, "open_file", lambda path: None)
+    monkeypatch.setattr(export, "largest_difference", lambda a, b, images: (float("nan"), 0.0))
     said = call(monkeypatch, "--weights", weights, "--format", "pt2", "--out", tmp_path / "x.pt2")
     assert "nothing is written" in said and not os.listdir(tmp_path)
 
@@ -119,21 +121,21 @@ def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_pa
              "--out", path]
     real = export.parts_of
 
-    def few(path):  # three parts are enough to see the rule at work
+    def few(path):  # two parts are enough to see the rule at work
         nonlocal parts
         parts = real(path)
-        return {name: parts[name] for name in ("backbone.stem", "backbone.stage4", "heads.head1")}
+        return {name: parts[name] for name in ("backbone.stage4", "heads.head1")}
     monkeypatch.setattr(export, "parts_of", few)
     monkeypatch.setattr(export, "cost", lambda *a: costs.pop(0))
-    costs = [torch.tensor(row) for row in ([0.0, 0.0], [0.0, 0.0], [1.0, 0.0])]
+    costs = [torch.tensor(row) for row in ([0.0, 0.0], [1.0, 0.0])]
     assert call(monkeypatch, *flags) is None
     assert len(parts) == 22 and not any("decode" in name or name == "" for name in parts)
     graph = onnx.load(str(path)).graph
     weights_int8 = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
-    for part, int8 in (("backbone.stem.", True), ("backbone.stage4.", True), ("heads.head1.", False)):
+    for part, int8 in (("backbone.stage4.", True), ("heads.head1.", False)):
         names = [n for n in weights_int8 if f"model.{part}" in n]
         assert bool(names) == int8, part
-    assert os.path.getsize(path) < 28e6 * 0.8  # a third of the weights is in stage4
+    assert os.path.getsize(path) < 28e6 * 0.8  # stage4 has 30 % of the weights
     assert {p.key for p in onnx.load(str(path)).metadata_props} >= {"names", "sigmas", "image_size"}
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data import MOSAIC_HEAVY, collate
+from data import MOSAIC_HEAVY, DataError, collate
 from evaluate import load_model
 from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
 from train import (DEMO, RECIPES, epoch_ends, epochs_of, fill_recipe, flat_gradients, freeze, main,
-                   mean_of, open_data, parse_args, train_step)
+                   mean_of, note_bad, open_data, parse_args, train_step)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -196,29 +196,38 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
 
 
 def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, tmp_path):
-    """Whoever loads it. More than --max-bad end the run, and so does one of the validation set,
-    from a loader process, with one line."""
     shutil.copytree(small / "people", tmp_path / "people")
     image = tmp_path / "people" / "train2017" / "000001.jpg"
     image.write_bytes(image.read_bytes()[:900])
-    flags = ["--data", tmp_path / "people", *SMALL, "--max-steps", "3"]
-    states = []
-    for workers in (0, 2):
-        done = run("train.py", *flags, "--out", tmp_path / f"{workers}", "--workers", workers)
-        assert done.returncode == 0
-        assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
-            f"bad image: {image}: image file is truncated"]
-        states.append(torch.load(tmp_path / f"{workers}" / "last.pt", weights_only=True))
-    assert states[0]["bad"] == states[1]["bad"] and len(states[0]["bad"]) == 1
-    assert all(torch.equal(a, b) for a, b in zip(states[0]["model"].values(),
-                                                 states[1]["model"].values()))
-    done = run("train.py", *flags, "--out", tmp_path / "a", "--max-bad", "0")
-    assert done.returncode == 1 and "more than --max-bad 0" in done.stderr.splitlines()[-1]
+    done = run("train.py", "--data", tmp_path / "people", *SMALL, "--max-steps", "3", "--out",
+               tmp_path / "run", "--workers", 2)
+    assert done.returncode == 0
+    assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
+        f"bad image: {image}: image file is truncated"]
+    assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["bad"]) == 1
 
-    shutil.copy(image, tmp_path / "people" / "val2017" / "000001.jpg")
-    done = run("train.py", *flags, "--out", tmp_path / "b")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "val2017/000001.jpg: image file is truncated" in done.stderr.splitlines()[-1]
+    flags = parse_args(["--data", str(tmp_path / "people"), "--image-size", "64"])
+    fill_recipe(flags)
+    train_set, val_set, _ = open_data(flags, 0)
+    train_set.augment = MOSAIC_HEAVY._replace(mosaic=0.0)
+    broken, following = train_set[2, 1], train_set[2, 2]
+    assert len(broken["bad"]) == 1 and not following["bad"]
+    assert broken["image_id"] == following["image_id"]
+    assert np.array_equal(broken["image"], following["image"])
+    shutil.copy(image, tmp_path / "people" / "val2017" / "000001.jpg")  # none may stand in there
+    with pytest.raises(DataError, match="val2017/000001.jpg: image file is truncated"):
+        val_set[0, 1]
+    shutil.rmtree(tmp_path / "people" / "train2017")
+    with pytest.raises(DataError, match="No such file"):
+        train_set[0, 0]
+
+
+def test_too_many_bad_images_end_the_run(capsys):
+    known = ["a.jpg: cut"]
+    note_bad(known, 2, ["b.jpg: cut", "a.jpg: cut", "b.jpg: cut"], 0)
+    assert known == ["a.jpg: cut", "b.jpg: cut"] and capsys.readouterr().err.count("bad image") == 1
+    with pytest.raises(SystemExit, match="3 images cannot be read, more than --max-bad 2"):
+        note_bad(known, 2, ["c.jpg: cut"], 0)
 
 
 def test_every_recipe_value_says_where_it_came_from():
