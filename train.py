@@ -577,7 +577,7 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
     args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
     if not saved:
         return None
-    if "best" not in saved:
+    if "bad" not in saved:
         raise ValueError(f"{args.out} was begun by an older version; go on with that one, or start "
                          f"anew with --weights {args.out}/best.pt in another --out")
     here = {name: getattr(args, name) for name in ("out", "resume", "max_steps", "given")}
