@@ -55,6 +55,8 @@ COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13]
 DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
 PAD_GRAY = 127
+# What Pillow raises for files that are damaged, or too large to be meant.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 STRIP = 128  # rows
 PAD_MODES = ("center", "bottom_right")
 
@@ -298,7 +300,7 @@ def describe(dataset: "CocoPose") -> list[str]:
                     raise OSError("of another size than the json says")
                 if len(a.ids) < 500 or i // max(len(a.ids) // 5000, 1) % 10 == 0:
                     file.load()
-        except (OSError, Image.DecompressionBombError):
+        except UNREADABLE:
             broken.append(i)
     shares = labeled[people].mean(0) if people.any() else np.zeros(len(names))
     few, middle, many = np.quantile(side[people] if people.any() else [0], [0.05, 0.5, 0.95])
@@ -578,14 +580,14 @@ class Cache:
         total = there + len(self.sides)
         if kind == "ram":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if total > memory:
-                raise ValueError(f"--cache ram would take {total / 1e9:.0f} GB, this machine has "
+            if total * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > memory:
+                raise ValueError(f"--cache ram takes {total / 1e9:.0f} GB a process, this machine has "
                                  f"{memory / 1e9:.0f}; use --cache disk or none")
             array = np.frombuffer(mmap.mmap(-1, total), np.uint8)
         else:
             files = annotations.files.tolist()
             times = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
-            name = hashlib.sha256(repr((size, files, times)).encode())
+            name = hashlib.sha256(repr((size, files, times, self.sides.tolist())).encode())
             path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
             with open(path, "ab") as f:
                 try:
@@ -715,7 +717,7 @@ class CocoPose(Dataset):
                     image, shrink = np.asarray(Image.fromarray(image).reduce(more)), shrink * more
             else:
                 image, shrink = open_image(path, width, height, zoom)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
         mean = image[::16, ::16].mean((0, 1))                                     # (3,)
         color = random_color(mean, rng, self.augment)

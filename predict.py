@@ -19,12 +19,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from data import COCO_EDGES, COCO_NAMES, PAD_MODES, Skeleton, fit_image, read_skeleton, to_rgb, undo
+from data import (COCO_EDGES, COCO_NAMES, PAD_MODES, UNREADABLE, Skeleton, fit_image,
+                  read_skeleton, to_rgb, undo)
 from draw import contact_sheet, draw_people, write_text
 from evaluate import input_of, load_model, select, to_coco, to_input
 from model import decode
-
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @torch.no_grad()
@@ -69,12 +68,13 @@ def find_images(sources: list[str]) -> list[str]:
 
 def out_names(files: list[str]) -> dict[str, str]:
     """{file: name of its picture}: a.jpg, and where another is called so a_2.jpg, a_3.jpg, ..."""
-    names = {}
+    names = {"": "sheet.jpg"}
     for path in files:
         stem, n = os.path.splitext(os.path.basename(path))[0], 1
         while (name := f"{stem}_{n}.jpg" if n > 1 else f"{stem}.jpg") in names.values():
             n += 1
         names[path] = name
+    del names[""]
     return names
 
 
@@ -99,6 +99,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
     if args.batch_size < 1 or not (0 <= args.conf <= 1 and 0 <= args.iou <= 1):
         p.error("--batch-size must be positive, --conf and --iou in 0 to 1")
+    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+        p.error(f"--json {args.json}: there is no folder {os.path.dirname(args.json)}")
     return args
 
 
@@ -122,6 +124,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         files = find_images(args.source)
+        paths = {f: os.path.join(args.out, name) for f, name in out_names(files).items()}
+        clash = {*map(os.path.realpath, files)} & {*map(os.path.realpath, paths.values())}
+        if clash:
+            raise ValueError(f"the picture would replace {min(clash)}; give another --out")
         model, file = load_model(args.weights, args.model)
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -131,7 +137,6 @@ def main() -> None:
     file["args"] |= {"image_size": args.image_size or size, "val_pad": args.pad or pad}
     skeleton = Skeleton(**file["skeleton"]) if "skeleton" in file else read_skeleton(
         {"categories": [{"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}]})
-    paths = {f: os.path.join(args.out, name) for f, name in out_names(files).items()}
     stems = [os.path.splitext(os.path.basename(f))[0] for f in files]
     numbered = all(s.isdecimal() for s in stems) and len(set(map(int, stems))) == len(files)
     ids = {f: int(s) if numbered else i for i, (f, s) in enumerate(zip(files, stems))}

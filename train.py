@@ -661,6 +661,9 @@ def lock(out: str) -> int:
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
                ) -> tuple[YoloNasPose, YoloNasPose | None, dict[str, list[str]]]:
     """The network, the same on every process; its teacher; and load_weights' report."""
+    if args.compile and dist.is_initialized() and device.type == "cuda" and not args.no_sync_bn:
+        raise ValueError("--compile cannot trace norms that are synced over GPUs; add "
+                         "--no-sync-bn, or leave --compile out")
     torch.manual_seed(args.seed)
     model, teacher = YoloNasPose(args.model, len(skeleton.names), args.mask), None
     report = load_weights(model, args.weights) if args.weights and not args.resume else {}

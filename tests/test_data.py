@@ -248,6 +248,8 @@ def test_a_cache_changes_nothing_and_is_shared(kind, tmp_path):
     assert max(half.shrinks) == 2 and not half.there.any()
     os.utime(tmp_path / "images" / str(annotations.files[0]), (1, 1))  # edited
     assert not data.Cache(annotations, folder, side, kind).there.any()
+    mended = annotations._replace(sizes=annotations.sizes - [[3, 0]])  # the json's, not the files'
+    assert not data.Cache(mended, folder, side, kind).there.any()
     files = sorted(tmp_path.iterdir())
     with pytest.raises((ValueError, OSError), match=f"--cache {kind}.* GB"):
         data.Cache(annotations._replace(sizes=annotations.sizes * 100_000), folder, 10 ** 8, kind)

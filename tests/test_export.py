@@ -150,3 +150,11 @@ def test_what_int8_costs_by_hand():
     found = export.cost(lambda image: now, [was], [None], [0.1])
     want = 0.9 * (1 - np.exp(-1)) / 1.2, 0.9 * 0.1 / 1.2
     np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+def test_a_nan_anywhere_is_a_difference():
+    zero = export.Decoded(*(torch.zeros(1, 3) for _ in range(4)))
+    for i, place in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        bad = export.Decoded(*(torch.full((1, 3), float("nan")) if j == i else t
+                               for j, t in enumerate(zero)))
+        assert np.isnan(export.largest_difference(lambda x: zero, lambda x: bad, [None, None])[place])

@@ -107,6 +107,14 @@ def test_frames_come_in_order_and_names_do_not_collide(tmp_path):
     assert list(out_names(files).values()) == ["frame2.jpg", "frame10.jpg", "frame2_2.jpg"]
     assert list(out_names(["x_2.png", "x.png", "y/x.png"]).values()) == ["x_2.jpg", "x.jpg",
                                                                         "x_3.jpg"]
+    assert list(out_names(["sheet.png"]).values()) == ["sheet_2.jpg"]
+
+
+def test_no_picture_replaces_its_source(weights, tmp_path, monkeypatch, capsys):
+    photo(90, 60).save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path)
+    assert code == 1 and "would replace" in err and (tmp_path / "a.jpg").read_bytes() == before
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_done(weights, tmp_path, monkeypatch, capsys):
