@@ -581,8 +581,8 @@ class Cache:
         if kind == "ram":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if total * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > memory:
-                raise ValueError(f"--cache ram takes {total / 1e9:.0f} GB a process, this machine has "
-                                 f"{memory / 1e9:.0f}; use --cache disk or none")
+                raise ValueError(f"--cache ram takes {total / 1e9:.0f} GB a process; this machine "
+                                 f"has {memory / 1e9:.0f}; use --cache disk or none")
             array = np.frombuffer(mmap.mmap(-1, total), np.uint8)
         else:
             files = annotations.files.tolist()

@@ -99,7 +99,8 @@ def largest_difference(a, b, batches: list[Tensor]) -> tuple[float, float]:
     """Of two functions of images: in px of boxes and keypoints, and in scores. NaN counts."""
     pairs = [[(x - y).abs().max() for x, y in zip(a(images), b(images))] for images in batches]
     boxes, scores, keypoints, kpt_scores = torch.tensor(pairs).T                  # (batches,) each
-    return tuple(torch.cat(kind).max().item() for kind in ((boxes, keypoints), (scores, kpt_scores)))
+    px, score = torch.cat([boxes, keypoints]).max(), torch.cat([scores, kpt_scores]).max()
+    return px.item(), score.item()
 
 
 def average_precision(run, dataset: CocoPose, labels: dict) -> float:
