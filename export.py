@@ -42,7 +42,7 @@ from evaluate import detect, input_of, keypoint_ap, load_model, quiet_coco, sele
 from model import Decoded, decode
 
 LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
-TOLERANCE = 0.001, 0.01   # cost of a part in int8: 1 - OKS, difference of the person score
+TOLERANCE = 0.004, 0.01   # cost of a part in int8: 1 - OKS, difference of the person score
 # ConvTranspose has no int8 kernel on CPUs; what lies between convolutions would convert to and fro.
 INT8_OPS = ["Conv", "Relu", "MaxPool", "Concat", "Add", "Mul"]
 
