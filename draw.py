@@ -448,7 +448,7 @@ class Log:
         self.every, self.total_steps = args.log_every, total_steps
         self.global_batch, self.images = global_batch, images
         self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
-        self.taken, self.waited, self.interval = 0, 0.0, time.time()  # by this process alone
+        self.taken, self.waited, self.interval = 0, 0.0, time.monotonic()  # by this process alone
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
 
     def state_dict(self) -> dict:
@@ -476,7 +476,7 @@ class Log:
         self.write({"step": step, of: number, **metrics})
         known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
         print(f"{of} {number}  " + "  ".join(known), flush=True)
-        self.interval = time.time()
+        self.interval = time.monotonic()
 
     def report(self, pictures: list[tuple[str, Image.Image]]) -> None:
         """Write report.html anew, from log.jsonl and validation images with their captions."""
@@ -484,7 +484,7 @@ class Log:
         self.figures = [html_image(image, caption) for caption, image in pictures] or self.figures
         write_text(os.path.join(folder, "report.html"), report_page(
             folder, {folder: read_log(folder)}, self.starts, self.figures))
-        self.interval = time.time()  # not of the next steps' time
+        self.interval = time.monotonic()  # not of the next steps' time
 
     def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
         """Say how the run ended, and bring the report up to date if this process evaluated."""
@@ -515,7 +515,7 @@ class Log:
         if not self.speaks or (step % self.every and step not in (5, self.total_steps)):
             return
         score_sum, *terms = self.sums
-        seconds = time.time() - self.interval
+        seconds = time.monotonic() - self.interval
         terms = {name: term / max(score_sum, 1.0) for name, term in zip(self.terms, terms)}
         rate = self.taken * self.global_batch / seconds
         values = {"step": step, "epoch": round(step * self.global_batch / self.images, 3),
@@ -531,7 +531,7 @@ class Log:
               f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
               flush=True)
         self.sums, self.steps, self.waited, self.taken = [0.0] * len(self.sums), 0, 0.0, 0
-        self.interval = time.time()
+        self.interval = time.monotonic()
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],

@@ -204,7 +204,7 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
     are those of look.
     """
     category_id = truth.dataset["categories"][0]["id"]
-    by_image, start, pixels = {}, time.time(), torch.zeros(2, dtype=torch.float64)
+    by_image, start, pixels = {}, time.monotonic(), torch.zeros(2, dtype=torch.float64)
     for images, targets in loader:
         decoded, mask = look(model, images, flip, bf16)
         by_image |= detect(decoded, targets, category_id, conf, iou)
@@ -213,7 +213,7 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
             found &= targets["mask"] != 2
             pixels += torch.stack([(found & true).sum(), (found | true).sum()])
         if progress:
-            rate = len(by_image) / (time.time() - start)
+            rate = len(by_image) / (time.monotonic() - start)
             print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
                   flush=True)
     if progress:
@@ -581,10 +581,10 @@ def main() -> None:
               f"20 detections an image")
         model, truth = (model.fuse() if args.fuse else model).to(device), quiet_coco(labels)
         how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
-        start = time.time()
+        start = time.monotonic()
         metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
                                      True, *how)
-        seconds = time.time() - start
+        seconds = time.monotonic() - start
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():

@@ -140,7 +140,7 @@ def main() -> None:
     stems = [os.path.splitext(os.path.basename(f))[0] for f in files]
     numbered = all(s.isdecimal() for s in stems) and len(set(map(int, stems))) == len(files)
     ids = {f: int(s) if numbered else i for i, (f, s) in enumerate(zip(files, stems))}
-    results, sheet, bad, people, start = [], [], 0, 0, time.time()
+    results, sheet, bad, people, start = [], [], 0, 0, time.monotonic()
     for first in range(0, len(files), args.batch_size):
         images = {}
         for path in files[first:first + args.batch_size]:
@@ -159,7 +159,8 @@ def main() -> None:
             results += [{**result, "file_name": path} for result in to_coco(
                 ids[path], 1, scores, keypoints[..., :2], keypoints[..., 2])]
         done = min(first + args.batch_size, len(files))
-        print(f"\r{done}/{len(files)} images  {done / (time.time() - start):.1f} img/s", end="",
+        seconds = time.monotonic() - start
+        print(f"\r{done}/{len(files)} images  {done / seconds:.1f} img/s", end="",
               flush=True)
     if args.sheet and sheet:
         contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(

@@ -17,6 +17,7 @@ the step, and the checkpoint holds all the rest.
 import argparse
 import copy
 import datetime
+import errno
 import fcntl
 import math
 import os
@@ -192,7 +193,7 @@ FLAGS = {
         ("sigma-start", float, None, "keypoint tolerance at step 0, as a multiple of sigma"),
         ("sigma-epochs", float, None, "epochs until that tolerance has shrunk to sigma"),
         ("amp", tuple(AMP_DTYPES), "no", "autocast type"),
-        ("compile", bool, False, "torch.compile the network: minutes at the start, then faster"),
+        ("compile", bool, False, "torch.compile the network, for GPUs: on a CPU it was slower"),
         ("double", bool, False, "float64: slow, to check promises"),
         ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing, norms in them "
          "keep their statistics: at first (backbone:5), at last (backbone:-1), or always"),
@@ -310,7 +311,8 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     Without torchrun this process is rank 0 of 1. Without GPUs the processes talk over gloo; with
     them gloo carries what is not a tensor. Nobody waits longer than 10 minutes, which is many times
     what the slowest wait, for process 0 to score COCO's 5,000 images, takes.
-    Raises ValueError if torchrun started more processes than this machine has GPUs.
+    Raises ValueError if torchrun started more processes than this machine has GPUs, or for a port
+    that cannot be used.
     """
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
     if "LOCAL_RANK" not in os.environ:
@@ -327,9 +329,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     # one machine the number of the restart tells them apart; machines need not agree on it.
     one_machine = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
     restart = env.get("TORCHELASTIC_RESTART_COUNT") if one_machine else None
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=wait,
-                          is_master=env["RANK"] == "0" and env.get(
-                              "TORCHELASTIC_USE_AGENT_STORE") != "True", multi_tenant=True)
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    is_master = env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(host, port, is_master=is_master, timeout=wait, multi_tenant=True)
+    except dist.DistNetworkError as error:
+        raise ValueError(f"{host}:{port}: {str(error).splitlines()[0]}; is the port taken? Choose "
+                         f"another --master-port") from None
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait,
                             store=dist.PrefixStore(f"restart {restart}", store),
                             rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
@@ -431,9 +437,9 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     statistics = list(model.buffers())
     before = [t.clone() for t in statistics]
     for _ in range(args.accumulate):
-        start = time.time()
+        start = time.monotonic()
         images, targets = next(batches)
-        waited += time.time() - start
+        waited += time.monotonic() - start
         image_ids += targets["image_id"].tolist()
         errors += targets["bad"]
         targets = {name: targets[name].to(device, non_blocking=True) for name in
@@ -498,12 +504,21 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
 
 
 def write_atomically(path: str, content: dict) -> None:
-    """torch.save that leaves the old file or the new one, whenever the job is killed."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    """torch.save that leaves the old file or the new one, whenever the job is killed.
+
+    Raises OSError with the path if the disk does not take it.
+    """
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        reason = error if isinstance(error, OSError) else error.__context__
+        raise OSError(reason.errno, reason.strerror, path) if reason else error
 
 
 def save_last(out: str, state: dict) -> None:
@@ -740,18 +755,22 @@ def note_bad(known: list[str], limit: int, errors: list[str], rank: int) -> None
 
 
 def catch_signals() -> list[int]:
-    """A list that takes up the signals to stop: Ctrl-C, and what schedulers send before they kill.
+    """A list that takes up the signals to stop: Ctrl-C, what schedulers send before they kill, and
+    a terminal that closes (nohup's wish to live on is kept).
 
     A second Ctrl-C stops at once.
     """
-    asked = []
+    asked, terminals = [], [stream for stream in (1, 2) if os.isatty(stream)]
 
     def take(number: int, frame) -> None:
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, take)
+        for stream in terminals if number == signal.SIGHUP else ():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # writing to it would be an error
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, take)
     return asked
 
 
@@ -933,8 +952,22 @@ def main() -> None:
         sys.exit(128 + asked[0])
 
 
-if __name__ == "__main__":
+def guarded_main() -> None:
+    """main, with one line for what data and machines do to a run; all else keeps its traceback."""
     try:
         main()
     except DataError as error:  # if a loader process met it, with that one's traceback
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        sys.exit(f"train.py: {error}; make room, then go on with --resume")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"train.py: {str(error).splitlines()[0]} Out of memory, or of shared memory "
+                 f"(docker: --shm-size 8g)? Go on with --resume, and fewer --workers")
+
+
+if __name__ == "__main__":
+    guarded_main()

@@ -25,7 +25,7 @@ FLAGS = ["--image-size", "64", "--warmup", "4", "--augment", "flip", "--clip-nor
          "--lr", "2e-3", "--lr-batch", "8", "--log-every", "1"]
 # Runs train.py with something changed first: DRIVER % "code", where t is the module.
 DRIVER = ("import sys; sys.path.insert(0, {root!r}); import train as t, torch, os, signal, time\n"
-          "%s\nt.main()").format(root=str(ROOT))
+          "%s\nt.guarded_main()").format(root=str(ROOT))
 
 
 def command(processes: int = 1, patch: str | None = None, restarts: int = 0) -> list[str]:
