@@ -101,7 +101,8 @@ def find_split(root: str, split: str) -> tuple[str, str]:
     for folder in folders:
         if os.path.isdir(folder):
             return os.path.join(root, "annotations", f"person_keypoints_{split}.json"), folder
-    raise FileNotFoundError(f"no folder {folders[0]} or {folders[1]}; expected the split's images")
+    raise FileNotFoundError(f"no folder {folders[0]} or {folders[1]}; expected the split's images; "
+                            f"other layouts: name json and images by flags of their own")
 
 
 def check_records(path: str, what: str, records: list, kinds: dict[str, type]) -> None:
@@ -141,7 +142,8 @@ def check_person(ann: dict, numbers: int) -> str:
 def read_json(path: str) -> dict:
     """Load a COCO keypoint file and refuse any that cannot train a pose model.
 
-    area, iscrowd and num_keypoints are filled in where they are missing: pycocotools needs them.
+    Some tools leave out what pycocotools needs: area (or write 0), iscrowd, num_keypoints, and
+    keypoints of somebody who has none. These are filled in.
     Raises FileNotFoundError or ValueError; the message says which record is wrong and what to do.
     """
     if not os.path.isfile(path):
@@ -159,8 +161,8 @@ def read_json(path: str) -> dict:
     check_records(path, "categories", coco["categories"], {"id": int, "name": str})
     if len(coco["categories"]) != 1 or not isinstance(coco["categories"][0].get("keypoints"), list):
         raise ValueError(f"{path}: categories {[c['name'] for c in coco['categories']]}, expected "
-                         f"exactly one, with keypoint names; use person_keypoints_*.json, "
-                         f"not instances_*.json")
+                         f"exactly one, with keypoint names; remove others, or use "
+                         f"person_keypoints_*.json, not instances_*.json")
     names = coco["categories"][0]["keypoints"]
     if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
         raise ValueError(f"{path}: keypoint names {names}, expected different texts, at least one")
@@ -168,9 +170,12 @@ def read_json(path: str) -> dict:
     check_records(path, "images", coco["images"], {"id": int, "file_name": str, "width": number,
                                                    "height": number})
     for image in coco["images"]:
-        if not (image["width"] >= 1 and image["height"] >= 1):
-            raise ValueError(f"{path}: image {image['id']} is {image['width']} x {image['height']} "
-                             f"px, expected 1 or more; mend its record")
+        if not (1 <= image["width"] <= 100_000 and 1 <= image["height"] <= 100_000):
+            raise ValueError(f"{path}: image {image['id']} is {str(image['width'])[:9]} x "
+                             f"{str(image['height'])[:9]} px, expected 1 to 100000; mend its record")
+    for ann in coco["annotations"]:
+        if isinstance(ann, dict):
+            ann.setdefault("keypoints", [0] * 3 * len(names))
     check_records(path, "annotations", coco["annotations"],
                   {"id": int, "image_id": int, "bbox": list, "keypoints": list})
     known = {image["id"] for image in coco["images"]}
@@ -181,7 +186,7 @@ def read_json(path: str) -> dict:
         if wrong:
             raise ValueError(f"{path}: annotation {ann['id']} has {wrong}; mend or remove it")
         ann.setdefault("iscrowd", 0)
-        ann.setdefault("area", BODY_SHARE_OF_BOX * ann["bbox"][2] * ann["bbox"][3])
+        ann["area"] = ann.get("area") or BODY_SHARE_OF_BOX * ann["bbox"][2] * ann["bbox"][3]
         ann.setdefault("num_keypoints", sum(v > 0 for v in ann["keypoints"][2::3]))
     return coco
 
@@ -195,8 +200,12 @@ def pixels_of(people: list[dict], width: int, height: int) -> bytes:
     for ann in people:
         shape, size = ann["segmentation"], [height, width]
         polygons = isinstance(shape, list) and all(
-            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
+            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
+                isinstance(v, (int, float)) and abs(v) < 1e6 for v in p) for p in shape)
         runs = isinstance(shape, dict) and shape.get("size") == size and "counts" in shape
+        if runs and isinstance(shape["counts"], list):
+            runs = sum(v if isinstance(v, int) and v >= 0 else math.inf for v in shape["counts"]
+                       ) == height * width
         if not (polygons or runs):
             raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
                              f"polygons or run lengths of {height} x {width} px; remove or mend it")
@@ -250,8 +259,8 @@ def check_files(files: np.ndarray, folder: str) -> None:
     listed = set(os.listdir(folder))
     for name in files.tolist():
         if name not in listed and not os.path.isfile(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{folder}/{name} not found, but the json names it; get the "
-                                    f"image or remove its record")
+            raise FileNotFoundError(f"{folder}/{name} not found, but the json names it, "
+                                    f"counted from that folder; get it or remove its record")
 
 
 def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray,

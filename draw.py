@@ -491,7 +491,8 @@ class Log:
         if self.figures:
             self.report([])
         state = "stopped early" if early else "done" if step >= self.total_steps else "stopped"
-        ap = f"best AP {best:.4f} after epoch {best_epoch}" if best_epoch else "not evaluated yet"
+        ap = f"best AP {best:.4f}" if best > 0 else f"AP under 0.001, best OKS {best + 1:.3f}"
+        ap = f"{ap} after epoch {best_epoch}" if best_epoch else "not evaluated yet"
         print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}")
 
     def skip(self, step: int, skipped: int, result) -> str:
@@ -535,7 +536,7 @@ class Log:
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
-               images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
+               skeleton, images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
                peak_lr: float, device: str) -> str:
     """Print and return the command, every resolved value and where it came from, and what they
     turn into on this machine.
@@ -553,16 +554,20 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         lines.append(textwrap.fill(", ".join(values), 100, initial_indent=f"{origin:13} ",
                                    subsequent_indent=14 * " ", break_on_hyphens=False))
     for name, tensors in report.items():
-        lines.append(f"weights {name} {len(tensors)}" + (
-            f": {', '.join(tensors[:6])}{' ...' * (len(tensors) > 6)}" * (name != "loaded")))
+        some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")
+        lines += [f"weights {name} {len(tensors)}{some}"] if tensors else []
+    pairs = sum(i < other for i, other in enumerate(skeleton.flip))
+    advice = "" if pairs else " (is there left and right? --flip-pairs)"
     lines.append(
+        f"keypoints     {len(skeleton.names)}, sigmas {min(skeleton.sigmas)} to "
+        f"{max(skeleton.sigmas)} of sqrt(area); a mirror exchanges {pairs} pairs{advice}\n"
         f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
         f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
         f"micro-batches = {batch[1]}\n"
         f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
         f"peak lr       {peak_lr:.2e} from {args.lr:.2e} for {args.lr_batch} images a step, "
         f"scaling {args.lr_scale}\n"
-        f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]}\n"
+        f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
     print(*lines, "ETA           measured on the first steps, see below", sep="\n", flush=True)
     return "\n".join(lines)

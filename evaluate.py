@@ -546,9 +546,13 @@ def load_model(path: str, size: str | None = None) -> tuple[YoloNasPose, dict]:
         if size is None:
             raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l")
         file = {"args": {"model": size}}
-    k = state["heads.head1.pose_pred.bias"].shape[0] // 2
-    model = YoloNasPose(file["args"]["model"], k, mask="mask.1.bias" in state)
-    model.load_state_dict(state)
+    try:
+        k = state["heads.head1.pose_pred.bias"].shape[0] // 2
+        model = YoloNasPose(file["args"]["model"], k, mask="mask.1.bias" in state)
+        model.load_state_dict(state)
+    except (LookupError, RuntimeError) as error:
+        raise ValueError(f"{path} holds another network, or another size of it: "
+                         f"{str(error).splitlines()[0]}") from None
     return model.eval(), file
 
 

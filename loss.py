@@ -205,11 +205,12 @@ def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 class PoseLoss:
-    """The five weighted terms of YOLO-NAS-Pose, summed over anchors and not yet divided.
+    """The five weighted terms of YOLO-NAS-Pose, and a branch's, summed and not yet divided.
 
     Whoever steps the optimizer divides the gradient once, by the sum of assigned scores over all
     images of the step, on all processes and in all accumulated batches: only so do these add up
-    to the gradient of one large batch.
+    to the gradient of one large batch. A term of whole images (mask) is divided by scores, too:
+    large at first, while these are small. A term's name is its field in LossWeights.
 
     reference=True is the exact rule of the original for crowds and for the start, see assign.
     Otherwise crowd regions and people without labeled keypoints are ignore boxes: an anchor that

@@ -17,7 +17,9 @@ Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101
 """
 import math
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -445,29 +447,44 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
+# What torch.load raises for a damaged file: whatever its bytes happen to mean.
+DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError,
+           RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
+def load_file(path: str):
+    """What torch.save wrote, its checksums compared.
+
+    Raises OSError, or ValueError if the file is damaged or needs pickled code, which is never run.
+    """
+    with open(path, "rb") as f:
+        try:
+            wrong = "no archive of torch.save"
+            if zipfile.is_zipfile(f):
+                wrong = zipfile.ZipFile(f).testzip()  # the first damaged part
+                f.seek(0)
+                if wrong is None:
+                    return torch.load(f, map_location="cpu", weights_only=True)
+        except DAMAGED as error:
+            wrong = (str(error) or type(error).__name__).splitlines()[0]
+    raise ValueError(f"{path} is no checkpoint of plain tensors, or damaged: {wrong}")
+
+
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     """Read a checkpoint, ours or official. Return its state_dict in our convention, and the file.
 
     Of ours the EMA is taken where there is one. An official file (super-gradients) holds ema_net,
     net, or is the state_dict itself; it sees BGR and pixel indices, ours RGB and continuous
     coordinates, half a pixel further: both are moved into the weights here, and placeholders for
-    fused kernels (rbr_reparam) dropped.
-    Raises ValueError if the file is no checkpoint or needs pickled code, which is never run.
+    fused kernels (rbr_reparam) dropped. Raises as load_file does, ValueError for other contents.
     """
-    file, reason = None, "no archive of torch.save"
-    with open(path, "rb") as f:  # a missing file is an OSError of its own
-        if zipfile.is_zipfile(f):
-            try:
-                file = torch.load(path, map_location="cpu", weights_only=True)
-                reason = f"holds {list(file)[:5] if isinstance(file, dict) else type(file)}"
-            except (pickle.UnpicklingError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-    file = file if isinstance(file, dict) else {}
+    found = load_file(path)
+    file = found if isinstance(found, dict) else {}
     keys = ("ema", "model") if "format" in file else ("ema_net", "net")
     state = next((file[key] for key in keys if key in file), file)
     if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
-        raise ValueError(f"{path} is no checkpoint of plain tensors ({reason}); give a .pt of "
-                         f"train.py or an official .pth")
+        raise ValueError(f"{path} is no checkpoint: it holds {list(file)[:5] or type(found)}; give "
+                         f"a .pt of train.py or an official .pth")
     if "format" in file:
         return state, file
     state = {name.removeprefix("module."): t for name, t in state.items()

@@ -160,14 +160,14 @@ def main() -> None:
                 ids[path], 1, scores, keypoints[..., :2], keypoints[..., 2])]
         done = min(first + args.batch_size, len(files))
         seconds = time.monotonic() - start
-        print(f"\r{done}/{len(files)} images  {done / seconds:.1f} img/s", end="",
-              flush=True)
+        print(f"\r{done}/{len(files)} images  {done / seconds:.1f} img/s", end="", flush=True)
     if args.sheet and sheet:
         contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
             os.path.join(args.out, "sheet.jpg"), quality=88)
     if args.json:
         write_text(args.json, json.dumps(results))
-    print(f"\n{people} people in {len(files) - bad} images; pictures in {args.out}")
+    hint = "" if people else f" (none above --conf {args.conf}: try a lower one)"
+    print(f"\n{people} people in {len(files) - bad} images{hint}; pictures in {args.out}")
     if bad:
         sys.exit(f"predict.py: {bad} of {len(files)} files cannot be read; they are named above")
 

@@ -21,7 +21,6 @@ import errno
 import fcntl
 import math
 import os
-import pickle
 import re
 import resource
 import signal
@@ -48,7 +47,7 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
 from draw import Log, print_plan, svg_chart, svg_column, write_text
 from evaluate import evaluate, extremes, load_model, quiet_coco, save_people, to_input, val_batches
 from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
-from model import SIZES, YoloNasPose, decode, load_weights, sync_batch_norm
+from model import SIZES, YoloNasPose, decode, load_file, load_weights, sync_batch_norm
 from people import draw_dataset
 from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, curves, make_scheduler,
                       param_groups, scaled_lr, set_momentum, sigma_scale, warmup_steps)
@@ -235,7 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     What was not given is None, see fill_recipe; `given` names the rest.
     """
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [flags]")
     for title, rows in FLAGS.items():
         group = p.add_argument_group(title)
         for name, kind, default, text in rows:
@@ -536,10 +535,10 @@ def load_last(out: str) -> dict | None:
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                return load_file(path)
+            except ValueError as error:
                 os.replace(path, path + ".damaged")
-                print(f"{path} is damaged ({str(error)[:60] or 'empty'}) and set aside")
+                print(f"{error}; set aside as {name}.damaged")
     return None
 
 
@@ -588,7 +587,7 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
                          f"another --out")
     if args.resume and not saved:
         raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
-                         f"of a run to go on with, or start anew with --weights of its best.pt")
+                         f"of a run, which nodes must share, or start anew with --weights")
     args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
     if not saved:
         return None
@@ -635,7 +634,8 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     if args.batch_size * args.accumulate * world_size != saved["global_batch"]:
         raise ValueError(f"a step of this run takes {saved['global_batch']} images, which are not "
                          f"{world_size} processes x {args.batch_size} images x {args.accumulate} "
-                         f"micro-batches; choose numbers that give {saved['global_batch']}")
+                         f"micro-batches; choose numbers that give {saved['global_batch']}, "
+                         f"processes that divide it")
     return saved["global_batch"]
 
 
@@ -686,9 +686,9 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     if args.teacher:
         try:
             teacher, file = load_model(args.teacher, args.teacher_model)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"--teacher: {str(error).splitlines()[0]} Official files need "
-                             f"--teacher-model n, s, m or l") from None
+        except ValueError as error:
+            raise ValueError(f"--teacher: {error}; official files need --teacher-model n, s, m or "
+                             f"l") from None
         names = file["skeleton"]["names"] if "skeleton" in file else COCO_NAMES
         if names != skeleton.names or len(names) != teacher.num_keypoints:
             raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
@@ -776,7 +776,7 @@ def catch_signals() -> list[int]:
 
 def mean_of(files: list[str]) -> dict[str, Tensor]:
     """The mean of several files' weights and statistics; counters are the last one's."""
-    states = [torch.load(file, map_location="cpu", weights_only=True)["model"] for file in files]
+    states = [load_file(file)["model"] for file in files]
     return {name: torch.stack([state[name] for state in states]).mean(0)
             if last.is_floating_point() else last for name, last in states[-1].items()}
 
@@ -792,7 +792,9 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
     dataset = loader.dataset
     metrics, by_image = evaluate(ema.model, loader, truth, dataset.skeleton.sigmas)
     best, at.evaluated = stopper.best, epoch
-    at.stopped = stopper.update(metrics["AP"], epoch)
+    # While AP is 0 people already come nearer: OKS says which weights are better.
+    score = metrics["AP"] if metrics["AP"] > 0.001 else metrics["OKS"] - 1
+    at.stopped = stopper.update(score, epoch)
     listed = [f"best_{e}.pt" for _, e in at.best]
     at.best = sorted([*at.best, [metrics["AP"], epoch]], reverse=True)[:args.average_best]
     if rank == 0:
@@ -848,9 +850,9 @@ def main() -> None:
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
         total_steps = plan.total_steps
+        held = lock(args.out) if rank == 0 else None  # as long as this variable lives
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    held = lock(args.out) if rank == 0 else None  # as long as this variable lives
 
     if world_size > 1 and not args.no_sync_bn:
         model = sync_batch_norm(model)
@@ -890,7 +892,7 @@ def main() -> None:
 
     if rank == 0 and at.step < stop and not at.stopped:
         log.starts.append(print_plan(
-            args, source, report, (images, len(val_set)), (world_size, global_batch),
+            args, source, report, skeleton, (images, len(val_set)), (world_size, global_batch),
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
         if args.dry_run:
             dry_run(args, train_set, curves(scheduler, plan, warmup, args.warmup_momentum,

@@ -175,6 +175,8 @@ def main() -> None:
         parts |= step_parts(args, device)
     if args.only in (None, "inference"):
         parts |= inference_parts(args, device)
+    print(f"{args.model}, {args.image_size} px, batch {args.batch_size}, {args.people} people, amp "
+          f"{args.amp}, torch {torch.__version__}, {device}, one thread; about {args.rounds} steps")
     found = {"machine": f"{torch.__version__}, {device}", "flags": vars(args), "ms": {}}
     if args.only != "loader":
         seconds = least(parts, args.rounds, device)

@@ -130,6 +130,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("out", type=Path)
     p.add_argument("--epochs", type=int, default=50, help="of 25 steps; default: 50")
+    p.add_argument("--minutes", type=float, default=60, help="no faults later; default: 60")
     p.add_argument("--every", type=float, default=60, help="seconds between faults; default: 60")
     p.add_argument("--seed", type=int, default=0, help="of the faults; default: 0")
     args = p.parse_args()
@@ -157,7 +158,8 @@ def main() -> None:
                 costs[run.out.name].append(run.costs())
         if time.monotonic() >= next_fault:
             next_fault += args.every
-            if broken.gone_on() and len(broken.ranks()) == 2:
+            if broken.gone_on() and len(broken.ranks()) == 2 and \
+                    time.monotonic() < begun + 60 * args.minutes:
                 plan = plan or rng.sample(list(FAULTS), len(FAULTS))
                 tried[name := plan.pop()] += 1
                 minutes = (time.monotonic() - begun) / 60

@@ -302,7 +302,10 @@ def test_masks_reach_the_batch_and_odd_shapes_are_refused(tmp_path):
     _, targets = collate([ds[0, 0], ds[0, 1]])
     assert targets["mask"].shape == (2, 32, 32) and targets["mask"].float().mean() > 0.3
     assert "mask" not in collate([dataset(coco, tmp_path)[0, 0]])[1]
-    for bad in ("x", [[1, 2]], {"size": [3, 3], "counts": [9]}, {"counts": [9]}):
+    size = [coco["images"][0]["height"], coco["images"][0]["width"]]
+    for bad in ("x", [[1, 2]], {"size": [3, 3], "counts": [9]}, {"counts": [9]}, [[1, 2, 3, "4", 5, 6]],
+                [[1, 2, 3, 4, 5, float("nan")]], [[0, 0, 1e30, 0, 5, 5]],
+                {"size": size, "counts": [2**70]}, {"size": size, "counts": [5, -5, size[0] * size[1]]}):
         coco["annotations"][0]["segmentation"] = bad
         with pytest.raises(ValueError, match="annotation 1: segmentation"):
             flatten(coco, masks=True)
@@ -469,9 +472,10 @@ def with_category(**changes) -> dict:
     (labels([{**IMAGE, "id": "1"}], []), "id 1 in .* of type int"),
     (labels([{**IMAGE, "id": 2 ** 60}], []), "of type int"),
     (labels([{**IMAGE, "width": "9"}], []), "width 9 in .* of type number"),
+    (labels([{**IMAGE, "width": 2**70}], []), "expected 1 to 100000"),
+    (labels([{**IMAGE, "height": float("inf")}], []), "expected 1 to 100000"),
     (labels([{**IMAGE, "file_name": None}], []), "file_name None in .* of type str"),
     (labels([IMAGE, IMAGE], []), "images: id 1 is there twice"),
-    (labels([IMAGE], [{"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5]}]), "keypoints is missing"),
     (labels([IMAGE], [PERSON, PERSON]), "annotations: id 7 is there twice"),
     (labels([IMAGE], [{**PERSON, "keypoints": [1, 1, 2]}]), "annotation 7 has 3 keypoint numbers"),
     (labels([IMAGE], [{**PERSON, "keypoints": [1, 1, 3] * 3}]), "visibilities .* expected 0, 1 or 2"),
@@ -498,6 +502,10 @@ def test_missing_numbers_that_scoring_needs_are_filled_in(tmp_path):
     path.write_text(json.dumps(labels([IMAGE], [PERSON])))
     ann = read_json(str(path))["annotations"][0]
     assert (ann["iscrowd"], ann["num_keypoints"], ann["area"]) == (0, 3, pytest.approx(0.53 * 25))
+    path.write_text(json.dumps(labels([IMAGE], [
+        {"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5], "area": 0}])))  # a plain box
+    ann = read_json(str(path))["annotations"][0]
+    assert ann["keypoints"] == [0] * 9 and ann["area"] == pytest.approx(0.53 * 25)
 
 
 def test_an_image_of_another_size_than_the_json_says_is_refused(tmp_path):

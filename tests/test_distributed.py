@@ -389,12 +389,12 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     last = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(last[:len(last) // 2])
     said = train("--out", out, "--resume", "--max-steps", 3, "--accumulate", 2)
-    assert "last.pt is damaged" in said and "1 done, 2 now" in said
+    assert "set aside as last.pt.damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")
     said = train("--out", out, "--resume", "--lr", "0.1", code=1)
-    assert "last.pt is damaged (empty)" in said and "--lr 0.1 differs from the 0.002" in said
+    assert "last.pt is no checkpoint" in said and "--lr 0.1 differs from the 0.002" in said
     said = train("--out", out, "--resume", "--batch-size", 3, code=1)
     assert "choose numbers that give 4" in said
     with open(out / "lock", "w") as held:

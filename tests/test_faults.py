@@ -1,0 +1,335 @@
+"""What goes wrong on other people's machines, and files full of noise: one line, nothing lost."""
+import fcntl
+import json
+import math
+import os
+import pty
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import (MOSAIC, MOSAIC_HEAVY, PAD_MODES, UNREADABLE, CocoPose, DataError, collate,
+                  flatten, open_image, read_json, read_skeleton)
+from evaluate import load_model
+from loss import PoseLoss
+from model import YoloNasPose, decode, load_weights
+from people import draw_dataset
+from schedule import param_groups
+from test_distributed import FLAGS, ROOT, checkpoint, family, same_run
+
+JUNK = [None, -1, 0, 3, 0.5, "x", "", [], {}, [[]], True, math.nan, math.inf, -1e30, 1e308, 2**70,
+        [1, 2], {"id": 1}, "../../x", 10**400]
+MODES = ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16", "F"]
+
+
+# ---- noise ----
+
+def random_set(folder: Path, rng: np.random.Generator) -> dict:
+    """Images of any shape and kind, and people anywhere: on, beside and around them."""
+    k, images, annotations = int(rng.integers(1, 6)), [], []
+    for i in range(int(rng.integers(1, 5))):
+        width, height = (int(2 ** rng.uniform(0, 8)) for _ in "wh")
+        pixels = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+        mode = MODES[rng.integers(len(MODES))]
+        suffix = {"CMYK": "jpg", "F": "tiff"}.get(mode, "png")
+        image = Image.fromarray(pixels)
+        image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else \
+            image.convert(mode)
+        image.save(folder / f"{i}.{suffix}")
+        if rng.random() < 0.05:
+            os.truncate(folder / f"{i}.{suffix}", int(rng.integers(100)))
+        images.append({"id": i, "file_name": f"{i}.{suffix}", "width": width, "height": height})
+        for _ in range(int(rng.integers(0, 6))):
+            box = rng.normal(0.3, 0.5, 4) * [width, height, width, height]
+            box[2:] = np.abs(box[2:]) * rng.integers(0, 2)
+            points = np.column_stack([rng.normal(0.5, 0.5, (k, 2)) * [width, height],
+                                      rng.integers(0, 3, k)])
+            shape = (rng.random(8) * height).tolist()
+            annotations.append({"id": len(annotations), "image_id": i, "bbox": box.tolist(),
+                                "keypoints": points.ravel().tolist(), "segmentation": [shape],
+                                "iscrowd": int(rng.random() < 0.1)})
+    return {"images": images, "annotations": annotations, "categories": [
+        {"id": 1, "name": "person", "keypoints": [f"left_{i}" for i in range(k)]}]}
+
+
+def spoil(coco: dict, rng: np.random.Generator) -> None:
+    """Put something that does not belong there somewhere into the json, or take something out."""
+    place = coco
+    while True:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        if not keys:
+            return
+        key = keys[rng.integers(len(keys))]
+        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.8:
+            place = place[key]
+        elif rng.random() < 0.2:
+            del place[key]
+            return
+        else:
+            place[key] = JUNK[rng.integers(len(JUNK))]
+            return
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZ", 40))))
+def test_any_labels_train_or_are_refused_by_name(tmp_path, seed):
+    """Random sets, half of them spoilt, through reading, augmentation, loss and a step of AdamW."""
+    rng = np.random.default_rng(seed)
+    coco = random_set(tmp_path, rng)
+    if seed % 2:
+        spoil(coco, rng)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(coco))
+    try:
+        coco = read_json(str(path))
+        annotations = flatten(coco, masks=bool(seed % 3))
+        skeleton = read_skeleton(coco, "")
+    except ValueError as error:
+        assert seed % 2 or "no annotation has a segmentation" in str(error)
+        assert 0 < len(str(error)) < 400 and "\n" not in str(error)
+        return
+    augment = (MOSAIC, MOSAIC_HEAVY)[seed % 2]._replace(mixup=0.5, occlude=0.5, rotate90=0.5)
+    dataset = CocoPose(annotations, str(tmp_path), skeleton, 64, PAD_MODES[seed % 2], augment, seed,
+                       spare=len(coco["images"]))
+    try:
+        images, targets = collate([dataset[epoch, i % len(dataset)] for epoch in (0, 1)
+                                   for i in range(2)])
+    except DataError as error:  # no image at all can be read
+        assert str(tmp_path) in str(error)
+        return
+    torch.manual_seed(seed)
+    k = len(skeleton.names)
+    model = YoloNasPose("n", k, mask="mask" in targets)
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 1e-5))
+    raw = model(images.float() / 255)
+    terms, scores = PoseLoss(torch.full((k,), 0.07))(raw, decode(raw), targets)
+    (sum(terms.values()) / scores.clamp(min=1)).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.state_dict().values())
+
+
+def spoilt_bytes(good: bytes, rng: np.random.Generator) -> bytes:
+    """Noise, nothing, a part of the file, or the file with some bytes changed."""
+    kind = rng.integers(5)
+    if kind == 0:
+        return rng.bytes(int(rng.integers(2000)))
+    if kind == 1:
+        return good[:int(rng.integers(len(good)))]
+    if kind == 2:
+        return good[int(rng.integers(len(good))):]
+    changed = bytearray(good)
+    for _ in range(int(rng.integers(1, 20)) if kind == 3 else len(good) // 50):
+        changed[rng.integers(min(len(good), 4000) if kind == 3 else len(good))] = rng.integers(256)
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint() -> bytes:
+    """A file as train.py writes it, but of three tensors."""
+    import io
+    file = io.BytesIO()
+    state = {name: torch.rand(3, 4) for name in ("a", "b", "heads.head1.pose_pred.bias")}
+    torch.save({"format": "nanopose", "args": {"model": "n"}, "model": state, "bad": []}, file)
+    return file.getvalue()
+
+
+def test_noise_in_a_checkpoint_is_refused_by_name(tmp_path, small_checkpoint, capsys):
+    model, last = YoloNasPose("n"), tmp_path / "last.pt"
+    for seed in range(int(os.environ.get("FUZZ", 150))):
+        last.write_bytes(spoilt_bytes(small_checkpoint, np.random.default_rng(seed)))
+        for read in (load_model, lambda path: load_weights(model, path)):
+            with pytest.raises(ValueError, match="last.pt"):
+                read(str(last))
+        found = train.load_last(str(tmp_path))
+        assert found is None or isinstance(found, dict)
+        last.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_noise_in_an_image_is_one_named_error(tmp_path, suffix):
+    path, outcomes = tmp_path / f"x.{suffix}", {True: 0, False: 0}
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 70, 3), dtype=np.uint8)
+                    ).save(path)
+    good = path.read_bytes()
+    for seed in range(int(os.environ.get("FUZZ", 200))):
+        path.write_bytes(spoilt_bytes(good, np.random.default_rng(seed)))
+        try:
+            pixels, _ = open_image(str(path), 70, 90, 0.4)
+            outcomes[pixels.shape[2] == 3] += 1
+        except UNREADABLE:
+            outcomes[False] += 1
+    assert outcomes[False] > outcomes[True]
+
+
+def test_noise_in_a_json_is_one_named_error(tmp_path):
+    path = tmp_path / "x.json"
+    good = json.dumps(random_set(tmp_path, np.random.default_rng(3))).encode()
+    for seed in range(int(os.environ.get("FUZZ", 300))):
+        path.write_bytes(spoilt_bytes(good, np.random.default_rng(seed)))
+        try:
+            coco = read_json(str(path))
+            flatten(coco, masks=True), read_skeleton(coco)
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A file that claims to be that large and holds nothing."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(
+            ">I", zlib.crc32(kind + content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+        ">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["animated", "long", "bomb", "empty"])
+def test_odd_images_train_or_are_named(tmp_path, kind):
+    """An animation shows its first picture; 20,000 x 30 px fit; a bomb is not unpacked."""
+    width, height = {"long": (20_000, 30), "bomb": (40_000, 40_000)}.get(kind, (60, 40))
+    path = tmp_path / "x.gif" if kind == "animated" else tmp_path / "x.png"
+    if kind == "animated":
+        first, second = (Image.new("RGB", (60, 40), color) for color in ("red", "blue"))
+        first.save(path, save_all=True, append_images=[second])
+    elif kind == "long":
+        Image.new("RGB", (width, height), "red").save(path)
+    else:
+        path.write_bytes(png_of(width, height) if kind == "bomb" else b"")
+    coco = {"images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
+            "annotations": [], "categories": [{"id": 1, "name": "person", "keypoints": ["a"]}]}
+    dataset = CocoPose(flatten(coco), str(tmp_path), read_skeleton(coco), 64, "center")
+    if kind in ("animated", "long"):
+        red, green, blue = dataset[0, 0]["image"][32, 32].astype(int)
+        assert red - blue > 50 and abs(green - blue) < 50
+    else:
+        with pytest.raises(DataError, match="x.png: "):
+            dataset[0, 0]
+
+
+# ---- the machine ----
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    draw_dataset(str(folder / "people"), train=12, val=4, side=64)
+    return folder / "people"
+
+
+def start(*flags, **more) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})},
+                            **more)
+
+
+def flags_for(data: Path, out: Path, *more) -> list:
+    return ["--data", data, "--out", out, *FLAGS, "--batch-size", "2", "--save-every", "1",
+            "--eval-every", "9", *more]
+
+
+def wait_for(run: subprocess.Popen, out: Path, lines: int) -> None:
+    """Until the log has so many lines."""
+    log, deadline = out / "log.jsonl", time.monotonic() + 60
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+        time.sleep(0.01)
+
+
+def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_path):
+    """Each ends the run, in one line where it can be seen; it goes on to an unbroken run's bits."""
+    start(*flags_for(data, tmp_path / "whole", "--epochs", 2, "--workers", 1)).communicate()
+    out = tmp_path / "run"
+    run = start(*flags_for(data, out, "--epochs", 2, "--workers", 1))
+    wait_for(run, out, 2)
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and len(said.splitlines()) == 1
+    assert "File too large" in said and "last.pt" in said and "make room" in said
+    assert not list(out.glob("*.tmp")) and checkpoint(out)["step"] >= 1
+
+    run = start("--out", out, "--resume")
+    wait_for(run, out, checkpoint(out)["step"] + 2)
+    for pid in family(run.pid)[1:]:
+        os.kill(pid, signal.SIGKILL)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and "DataLoader worker" in said and "--workers" in said
+    assert len(said.splitlines()) == 1
+
+    before, (terminal, inside) = checkpoint(out)["step"], pty.openpty()
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", str(out), "--resume"],
+                           stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(inside)
+    said = b""
+    while b"step %d/" % (before + 2) not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)  # the system sends SIGHUP, and what the run says from now on is an error
+    assert run.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(out)["step"] >= before + 2
+    assert start("--out", out, "--resume").communicate(timeout=100)[1] == ""
+    same_run(tmp_path / "whole", out)
+
+
+def test_a_taken_port_is_said_in_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]),
+                 "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="is the port taken"):
+            train.setup_distributed()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch EVIL",)
+
+
+def test_pickled_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "nanopose", "model": Evil()}, "last.pt")
+    with pytest.raises(ValueError, match="last.pt is no checkpoint of plain tensors"):
+        load_model("last.pt")
+    assert train.load_last(".") is None and "damaged" in capsys.readouterr().out
+    assert os.listdir() == ["last.pt.damaged"]
+
+
+def test_a_clock_that_goes_back_does_no_harm(data, tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags_for(
+        data, tmp_path / "run", "--epochs", 1, "--workers", 0, "--max-steps", 3))])
+    train.main()
+    rates = [json.loads(line)["img_s"] for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert len(rates) == 3 and min(rates) > 0
+
+
+def test_a_tensor_that_differs_between_processes_is_named(monkeypatch):
+    def gather(mine):
+        sums, loss = mine
+        return [mine, (sums[:1] + [sums[1] + 1] + sums[2:], loss)]
+    monkeypatch.setattr(train, "gather", gather)
+    with pytest.raises(SystemExit, match="bias differs between processes 0 and 1"):
+        train.sync_check(torch.nn.BatchNorm2d(2), [1.0, 2.0], 0)
+
+
+def test_one_image_and_more_images_a_step_than_there_are(tmp_path, monkeypatch):
+    draw_dataset(str(tmp_path / "one"), train=1, val=1, side=64)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags_for(
+        tmp_path / "one", tmp_path / "run", "--epochs", 12, "--workers", 0))])
+    train.main()
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 6 and state["global_batch"] == 2 and not state["skipped"]
