@@ -546,8 +546,8 @@ def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.n
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB; of an animated one the first picture."""
-    if image.mode.startswith("I;16"):  # Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -332,7 +332,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     is_master = env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(host, port, is_master=is_master, timeout=wait, multi_tenant=True)
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:
         raise ValueError(f"{host}:{port}: {str(error).splitlines()[0]}; is the port taken? Choose "
                          f"another --master-port") from None
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait,

@@ -20,7 +20,7 @@ from PIL import Image
 
 import draw
 import evaluate
-from data import COCO_NAMES, COCO_SIGMAS, CocoPose, flatten, read_json, read_skeleton
+from data import COCO_SIGMAS, CocoPose, flatten, read_json, read_skeleton
 from draw import (Log, html_image, html_page, html_table, report_page, svg_chart, svg_column, thin,
                   ticks)
 from evaluate import best_oks, extremes, keypoint_ap, quiet_coco
