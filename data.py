@@ -171,8 +171,9 @@ def read_json(path: str) -> dict:
                                                    "height": number})
     for image in coco["images"]:
         if not (1 <= image["width"] <= 100_000 and 1 <= image["height"] <= 100_000):
-            raise ValueError(f"{path}: image {image['id']} is {str(image['width'])[:9]} x "
-                             f"{str(image['height'])[:9]} px, expected 1 to 100000; mend its record")
+            size = f"{image['width']} x {image['height']}"
+            raise ValueError(f"{path}: image {image['id']} is {size[:40]} px, expected 1 to "
+                             f"100000; mend its record")
     for ann in coco["annotations"]:
         if isinstance(ann, dict):
             ann.setdefault("keypoints", [0] * 3 * len(names))
