@@ -517,7 +517,9 @@ def write_atomically(path: str, content: dict) -> None:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         reason = error if isinstance(error, OSError) else error.__context__
-        raise OSError(reason.errno, reason.strerror, path) if reason else error
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, path) from None
+        raise
 
 
 def save_last(out: str, state: dict) -> None:
