@@ -149,7 +149,7 @@ def main() -> None:
     tried, plan = collections.Counter(), []
     alone.start(), broken.start()
     next_fault = begun + args.every
-    while any(run.process.poll() is None for run in (alone, broken)):
+    while alone.process.poll() is None or broken.process.poll() != 0:
         time.sleep(1)
         if broken.process.poll() not in (None, 0):
             broken.start()
