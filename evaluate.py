@@ -86,6 +86,23 @@ def quiet_coco(labels: dict) -> COCO:
     return coco
 
 
+def from_rank_0(value):
+    """What process 0 gave to this call, on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(value) -> list:
+    """What each process gave to this call, on every process."""
+    found = [value]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return found
+
+
 def merge_ranks(by_image: dict[int, list[dict]]) -> dict[int, list[dict]]:
     """Join every process's {image_id: results}; keyed by image, so that a repeat counts once."""
     if not dist.is_initialized():

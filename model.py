@@ -16,6 +16,7 @@ Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101
         distances as distributions (GFL)              https://arxiv.org/abs/2006.04388
 """
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -512,3 +513,45 @@ def load_weights(model: nn.Module, path: str) -> dict[str, list[str]]:
             "skipped": [n for n in own if n in state and n not in fits],
             "missing": [n for n in own if n not in state],
             "unused": sorted(set(state).difference(own))}
+
+
+def write_atomically(path: str, content: dict) -> None:
+    """torch.save that leaves the old file or the new one, whenever the job is killed.
+
+    Raises OSError with the path if the disk does not take it.
+    """
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, path) from None
+        raise
+
+
+def save_last(out: str, state: dict) -> None:
+    """Write out/last.pt; the one before it becomes previous.pt."""
+    last = os.path.join(out, "last.pt")
+    write_atomically(last + ".new", state)  # whole, before anything older is touched
+    if os.path.exists(last):
+        os.replace(last, os.path.join(out, "previous.pt"))
+    os.replace(last + ".new", last)
+
+
+def load_last(out: str) -> dict | None:
+    """The newest checkpoint in `out` that is whole, if there is one. Others are set aside."""
+    for name in ("last.pt", "previous.pt"):
+        path = os.path.join(out, name)
+        if os.path.exists(path):
+            try:
+                return load_file(path)
+            except ValueError as error:
+                os.replace(path, path + ".damaged")
+                print(f"{error}; set aside as {name}.damaged")
+    return None

@@ -7,6 +7,7 @@ and EarlyStopping do remember, and have a state_dict. Imports only torch.
 Linear scaling of the rate with the batch   https://arxiv.org/abs/1706.02677
 Cosine decay                                https://arxiv.org/abs/1608.03983
 """
+import argparse
 import copy
 import math
 from typing import NamedTuple
@@ -115,11 +116,27 @@ def sigma_scale(step: int, steps: int, start: float) -> float:
     return start ** (1 - min(step / steps, 1)) if steps > 0 else 1.0
 
 
-def check_warmup(warmup_steps: int, total_steps: int) -> None:
-    """Raise ValueError if the warmup does not fit into the training."""
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup of {warmup_steps} steps does not fit into {total_steps} steps of "
-                         f"training; train longer or warm up less")
+def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
+    """{optimizer step: epoch that is complete after it}, steps and epochs counted from 1."""
+    return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
+
+
+def make_plan(args: argparse.Namespace, images: int, global_batch: int) -> tuple[dict[int, int], Plan]:
+    """epoch_ends, and the plan of the learning rate.
+
+    args are train.py's flags. Raises ValueError for what cannot be.
+    """
+    ends = epoch_ends(args.epochs, images, global_batch)
+    if not args.resume and set(args.save_epochs) - set(ends.values()):
+        raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
+                         f"choose from 1 to {args.epochs}, and larger numbers of a small set")
+    total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup of {warmup} steps does not fit into {total} steps of training; "
+                         f"train longer or warm up less")
+    drops = [epoch * images / global_batch for epoch in args.lr_steps]
+    return ends, Plan(total, warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
+                      args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int = 0,
@@ -193,6 +210,16 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float,
     return [{"params": params, "part": part, "bias": bias, "lr": lr * lr_mult.get(part, 1.0),
              "weight_decay": 0.0 if plain else weight_decay}
             for (part, bias, plain), params in groups.items()]
+
+
+def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.optim.Optimizer:
+    """adamw, or sgd with Nesterov's momentum, of param_groups.
+
+    Fused ones are right only where gradients lie in memory as their parameters do. Ours do.
+    """
+    if kind == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
 
 
 def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:

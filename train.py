@@ -45,12 +45,14 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
 from draw import Log, print_plan, svg_chart, svg_column, write_text
-from evaluate import evaluate, extremes, load_model, quiet_coco, save_people, to_input, val_batches
+from evaluate import (evaluate, extremes, from_rank_0, gather, load_model, quiet_coco, save_people,
+                      to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
-from model import SIZES, YoloNasPose, decode, load_file, load_weights, sync_batch_norm
+from model import (SIZES, YoloNasPose, decode, load_file, load_last, load_weights, save_last,
+                   sync_batch_norm, write_atomically)
 from people import draw_dataset
-from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, check_warmup, curves, make_scheduler,
-                      param_groups, scaled_lr, set_momentum, sigma_scale, warmup_steps)
+from schedule import (EMA, EarlyStopping, WarmupEnd, curves, make_optimizer, make_plan,
+                      make_scheduler, param_groups, scaled_lr, set_momentum, sigma_scale)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
@@ -80,18 +82,13 @@ DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2
 OUT = "runs/train"
 
 # What --resume may change. The batch may be cut in another way, its images a step stay.
-MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "accumulate", "eval_every",
-              "log_every", "save_every", "sync_check", "max_skipped", "max_bad")
+MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "accumulate",
+              "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad")
 
 
 def numbers(text: str) -> list[float]:
     """Flag values like 90,120."""
     return [float(value) for value in text.split(",")]
-
-
-def images_or_auto(text: str) -> int | str:
-    """The value of --batch-size."""
-    return text if text == "auto" else int(text)
 
 
 def factors(text: str) -> dict[str, float]:
@@ -113,7 +110,7 @@ def epochs_of(text: str) -> dict[str, int]:
 # Group: flag, type or choices (bool is a switch), default (None: none, or the recipe's), meaning.
 FLAGS = {
     "data": [
-        ("data", str, None, "COCO root: annotations/person_keypoints_SPLIT.json and SPLIT/ or "
+        ("data", str, None, "COCO root: annotations/person_keypoints_SPLIT.json, and SPLIT/ or "
          "images/SPLIT/; default: people drawn by people.py"),
         ("train-split", str, "train2017", "name of the split to train on"),
         ("val-split", str, "val2017", "name of the split to evaluate"),
@@ -122,16 +119,14 @@ FLAGS = {
         ("val-json", str, None, "file"),
         ("val-images", str, None, "folder"),
         ("only-people", bool, False, "train on images with a labeled person only"),
-        ("flip-pairs", str, None, "what a mirror exchanges: A:B,C:D; default: left_* with right_*"),
-        ("sigmas", numbers, None, "spread of each keypoint as a share of sqrt(area); default: the "
+        ("flip-pairs", str, None, "what a mirror exchanges, A:B,C:D; default: left_* and right_*"),
+        ("sigmas", numbers, None, "spread of each keypoint, as a share of sqrt(area); default: the "
          "json's, COCO's for COCO's names, else 0.05"),
         ("image-size", int, None, "side of the padded input, px"),
         ("train-pad", PAD_MODES, "center", "where the border of the square input goes"),
         ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation, as the original has them"),
-        ("cache", ("none", "ram", "disk"), "none", "keep decoded images, shrunk as far as "
-         "--image-size allows: in memory, once a process, or in a file beside them"),
-        ("workers", int, None, "loader processes; default: one less than the process's share of "
-         "the cores, at most 8"),
+        ("cache", ("none", "ram", "disk"), "none", "keep images decoded, in memory or in a file"),
+        ("workers", int, None, "loader processes; default: cores of the process less 1, at most 8"),
     ],
     "augmentation": [
         ("augment", tuple(AUGMENTS), None, "strength; the flags below change one number of it"),
@@ -158,8 +153,8 @@ FLAGS = {
          "reference: the original's rules for the first steps and for crowds"),
         ("epochs", int, None, "passes over the training images"),
         ("max-steps", int, None, "stop after so many steps; the schedule stays that of --epochs"),
-        ("batch-size", images_or_auto, None, "images per process and micro-batch; auto: the "
-         "recipe's, and while memory is short begin again with half and --accumulate the rest"),
+        ("batch-size", int, None, "images per process and micro-batch"),
+        ("auto-batch", bool, False, "while memory is short, begin again with half the micro-batch"),
         ("accumulate", int, 1, "micro-batches a step"),
         ("optimizer", ("adamw", "sgd"), "adamw", "kind"),
         ("momentum", float, None, "of SGD, or Adam's beta1"),
@@ -194,8 +189,8 @@ FLAGS = {
         ("amp", tuple(AMP_DTYPES), "no", "autocast type"),
         ("compile", bool, False, "torch.compile the network, for GPUs: on a CPU it was slower"),
         ("double", bool, False, "float64: slow, to check promises"),
-        ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing, norms in them "
-         "keep their statistics: at first (backbone:5), at last (backbone:-1), or always"),
+        ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing: at first "
+         "(backbone:5), at last (backbone:-1), or always; norms in them keep their statistics"),
         ("no-sync-bn", bool, False, "each process norms by its own images"),
         ("max-skipped", int, 20, "stop after so many steps in a row that are not finite"),
         ("max-bad", int, 10, "stop after more images that cannot be read; others take their place"),
@@ -217,14 +212,12 @@ FLAGS = {
         ("seed", int, 0, "of first weights, order and augmentation"),
     ],
 }
-METAVARS = {str: "TEXT", int: "N", float: "X", numbers: "X,X,...", images_or_auto: "N",
-            factors: "PART=X,...", epochs_of: "PART:EPOCHS,..."}
-POSITIVE = ("epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr", "eval_every",
-            "patience", "log_every", "clip_norm", "max_steps", "save_every", "sync_check",
-            "max_skipped")
-NOT_NEGATIVE = ("workers", "max_bad", "close_mosaic", "restarts", "average_best", "distill_weight",
-                "lr_factor", "final_ratio", "weight_decay", "dfl_weight", "pose_weight",
-                "sigma_epochs", "seed")
+METAVARS = {str: "TEXT", int: "N", float: "X", numbers: "X,X,...", factors: "PART=X,...",
+            epochs_of: "PART:EPOCHS,..."}
+# No number may be negative.
+POSITIVE = ("image_size", "epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr",
+            "eval_every", "patience", "log_every", "clip_norm", "max_steps", "save_every",
+            "sync_check", "max_skipped")
 SHARES = ("mosaic", "mixup", "flip", "bgr", "rotate90", "scale", "occlude", "multi_scale",
           "label_smoothing")
 
@@ -248,31 +241,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 group.add_argument(f"--{name}", type=kind, help=text, metavar=METAVARS[kind])
     args = p.parse_args(argv)
     args.given = sorted(name for name, value in vars(args).items() if value is not None)
+    values = {name: getattr(args, name) for name in args.given}
+
+    def check(name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            p.error(f"--{name.replace('_', '-')} {values[name]} {expected}")
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            check(name, value >= 0, "must be 0 or more")
+            check(name, value > 0 or name not in POSITIVE, "must be positive")
+            check(name, value <= 1 or name not in SHARES, "must lie in 0 to 1")
+    size = args.image_size or 32
+    check("image_size", size % 32 == 0, "must be a multiple of 32, the largest stride")
+    if args.dry_run and args.resume:
+        p.error("--resume goes on with a run, --dry-run makes none; give one of them")
+    for name in values.keys() & {"teacher_model", "distill_weight"}:
+        check(name, args.teacher is not None, "is of no use without --teacher")
+    files = {"train_json", "train_images", "val_json", "val_images"}
+    for name in sorted(files - values.keys()) if files & values.keys() and not args.data else ():
+        p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
+                f"are needed; --{name.replace('_', '-')} is missing")
     args.out = args.out or OUT  # a run that goes on has its other values there
     if args.dry_run:
         args.out, args.log_every = f"{args.out}/dry_run", 20
         args.max_steps = args.max_steps or 20
-
-    def check(name: str, fine: bool, expected: str) -> None:
-        if not fine:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)} {expected}")
-    values = {name: getattr(args, name) for name in args.given}
-    for name in values.keys() & set(POSITIVE):
-        check(name, values[name] == "auto" or values[name] > 0, "must be positive")
-    for name in values.keys() & set(NOT_NEGATIVE):
-        check(name, values[name] >= 0, "must be 0 or more")
-    for name in values.keys() & set(SHARES):
-        check(name, 0 <= values[name] <= 1, "must lie in 0 to 1")
-    size = values.get("image_size", 32)
-    check("image_size", size % 32 == 0 and size > 0, "must be a multiple of 32, the largest stride")
-    check("resume", not (args.resume and args.dry_run), "goes on with a run, --dry-run makes none")
-    for name in values.keys() & {"teacher_model", "distill_weight"}:
-        check(name, args.teacher is not None, "is of no use without --teacher")
-    files = ("train_json", "train_images", "val_json", "val_images")
-    for name in files:
-        if not args.data and values.keys() & set(files) and name not in values:
-            p.error(f"without --data all of --train-json, --train-images, --val-json and "
-                    f"--val-images are needed; --{name.replace('_', '-')} is missing")
     return args
 
 
@@ -294,8 +286,6 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
         share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rows.append(("machine", {"workers": min(max(share - 1, 1), 8)}))
     source = {}
-    args.auto_batch = args.batch_size == "auto" or getattr(args, "auto_batch", False)
-    args.batch_size = None if args.batch_size == "auto" else args.batch_size
     for name in defaults:
         source[name] = given if given == "saved" or name in args.given else "default"
         if getattr(args, name, None) is None:
@@ -307,55 +297,36 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
 def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's process group if there is one. Return (rank, world_size, device).
 
-    Without torchrun this process is rank 0 of 1. Without GPUs the processes talk over gloo; with
-    them gloo carries what is not a tensor. Nobody waits longer than 10 minutes, which is many times
-    what the slowest wait, for process 0 to score COCO's 5,000 images, takes.
-    Raises ValueError if torchrun started more processes than this machine has GPUs, or for a port
-    that cannot be used.
+    Without GPUs the processes talk over gloo; with them gloo carries what is not a tensor. Nobody
+    waits longer than 10 minutes, many times what process 0 takes to score COCO's 5,000 images.
+    Raises ValueError for more processes than GPUs, and for a port that cannot be used.
     """
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    env, gpus, wait = os.environ, torch.cuda.device_count(), datetime.timedelta(minutes=10)
+    if "LOCAL_RANK" not in env:
+        return 0, 1, torch.device("cuda" if gpus else "cpu")
+    local_rank, rank, world_size = (int(env[n]) for n in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+    if 0 < gpus <= local_rank:
+        raise ValueError(f"torchrun started local rank {local_rank}, but this machine has {gpus} "
+                         f"GPUs; use --nproc-per-node {gpus} or fewer")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
-        if local_rank >= gpus:
-            raise ValueError(f"torchrun started local rank {local_rank}, but this machine has "
-                             f"{gpus} GPUs; use --nproc-per-node {gpus} or fewer")
         torch.cuda.set_device(device)
-    env, wait = os.environ, datetime.timedelta(minutes=10)
     # torch 2.14 keeps the addresses of processes that died in the store that a restart reads. On
     # one machine the number of the restart tells them apart; machines need not agree on it.
     one_machine = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
     restart = env.get("TORCHELASTIC_RESTART_COUNT") if one_machine else None
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    is_master = env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(host, port, is_master=is_master, timeout=wait, multi_tenant=True)
     except RuntimeError as error:
         raise ValueError(f"{host}:{port}: {str(error).splitlines()[0]}; is the port taken? Choose "
                          f"another --master-port") from None
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait,
-                            store=dist.PrefixStore(f"restart {restart}", store),
-                            rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def from_rank_0(value):
-    """What process 0 gave to this call, on every process."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def gather(value) -> list:
-    """What each process gave to this call, on every process."""
-    found = [value]
-    if dist.is_initialized():
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value)
-    return found
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
+                            world_size=world_size,
+                            store=dist.PrefixStore(f"restart {restart}", store))
+    return rank, world_size, device
 
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
@@ -492,82 +463,14 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
             for t in state.values()]
     shares = gather((torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:])))
     for other, (checksums, _) in enumerate(shares):
-        for name, a, b in zip(state, shares[0][0], checksums):
-            if a != b:
-                sys.exit(f"train.py: --sync-check: {name} differs between processes 0 and {other}; "
-                         f"do their machines run the same code and versions?" if rank == 0 else 1)
-    losses = [loss for _, loss in shares]
+        wrong = [name for name, a, b in zip(state, shares[0][0], checksums) if a != b]
+        if wrong:
+            sys.exit(f"train.py: --sync-check: {wrong[0]} differs between processes 0 and {other}; "
+                     f"do their machines run the same code and versions?" if rank == 0 else 1)
     if rank == 0:
+        losses = [loss for _, loss in shares]
         print(f"sync check: {len(state)} tensors are equal on {len(shares)} processes; loss sums "
               f"of their images {min(losses):.4g} to {max(losses):.4g}", flush=True)
-
-
-def write_atomically(path: str, content: dict) -> None:
-    """torch.save that leaves the old file or the new one, whenever the job is killed.
-
-    Raises OSError with the path if the disk does not take it.
-    """
-    try:
-        with open(path + ".tmp", "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        reason = error if isinstance(error, OSError) else error.__context__
-        if isinstance(reason, OSError):
-            raise OSError(reason.errno, reason.strerror, path) from None
-        raise
-
-
-def save_last(out: str, state: dict) -> None:
-    """Write out/last.pt; the one before it becomes previous.pt."""
-    last = os.path.join(out, "last.pt")
-    write_atomically(last + ".new", state)  # whole, before anything older is touched
-    if os.path.exists(last):
-        os.replace(last, os.path.join(out, "previous.pt"))
-    os.replace(last + ".new", last)
-
-
-def load_last(out: str) -> dict | None:
-    """The newest checkpoint in `out` that is whole, if there is one. Others are set aside."""
-    for name in ("last.pt", "previous.pt"):
-        path = os.path.join(out, name)
-        if os.path.exists(path):
-            try:
-                return load_file(path)
-            except ValueError as error:
-                os.replace(path, path + ".damaged")
-                print(f"{error}; set aside as {name}.damaged")
-    return None
-
-
-def memory_gb(device: torch.device) -> float:
-    """Largest memory so far: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
-    """{optimizer step: epoch that is complete after it}, steps and epochs counted from 1."""
-    return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
-
-
-def make_plan(args: argparse.Namespace, images: int, global_batch: int) -> tuple[dict, Plan]:
-    """epoch_ends, and the plan of the learning rate. Raises ValueError for what cannot be."""
-    ends = epoch_ends(args.epochs, images, global_batch)
-    if not args.resume and set(args.save_epochs) - set(ends.values()):
-        raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
-                         f"choose from 1 to {args.epochs}, and larger numbers of a small set")
-    random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
-    warmup = warmup_steps(args.warmup, images, global_batch)
-    check_warmup(warmup, max(ends))
-    drops = [epoch * images / global_batch for epoch in args.lr_steps]
-    return ends, Plan(max(ends), warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
-                      args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
 
 
 def launch_id() -> str:
@@ -590,24 +493,16 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
     if args.resume and not saved:
         raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
                          f"of a run, which nodes must share, or start anew with --weights")
-    args.given = [] if restarted else [n for n in args.given if getattr(args, n) != "auto"]
     if not saved:
         return None
-    if "bad" not in saved:
-        raise ValueError(f"{args.out} was begun by an older version; go on with that one, or start "
-                         f"anew with --weights {args.out}/best.pt in another --out")
-    here = {name: getattr(args, name) for name in ("out", "resume", "max_steps", "given")}
-    if "auto" == args.batch_size or saved["args"]["auto_batch"] and "batch_size" not in args.given:
-        here["auto_batch"], args.given = True, [n for n in args.given if n != "accumulate"]
-        here["given"] = args.given
+    args.given = [] if restarted else args.given
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
-        if name in MAY_CHANGE:
-            here[name] = new
-        elif name not in here and new != old:
+        if name not in (*MAY_CHANGE, "out", "resume") and new != old:
             raise ValueError(f"--{name.replace('_', '-')} {new} differs from the {old} of the run "
                              f"in {args.out}; leave it out, or start a new run in another --out")
-    vars(args).update(saved["args"] | here)
+    here = {"out", "resume", "given", "max_steps", *args.given}
+    vars(args).update({name: v for name, v in saved["args"].items() if name not in here})
     return saved
 
 
@@ -620,29 +515,28 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     """
     if not saved:
         return args.batch_size * args.accumulate * world_size
-    share, limit = max(saved["global_batch"] // world_size, 1), args.batch_size
-    if "batch_size" not in args.given:
-        if "accumulate" in args.given or world_size != saved["world_size"]:
+    total, given = saved["global_batch"], [] if "auto_batch" in args.given else args.given
+    share, limit, note = max(total // world_size, 1), args.batch_size, f"{args.out}/out_of_memory"
+    if "batch_size" not in given:
+        if "accumulate" in given or world_size != saved["world_size"]:
             limit = max(share // args.accumulate, 1)  # norms go on seeing as many images
-        noted = torch.tensor(limit)
-        if os.path.exists(f"{args.out}/out_of_memory"):
-            with open(f"{args.out}/out_of_memory") as f:
-                noted = torch.tensor(min(limit, int(f.read())))
-        if dist.is_initialized():  # nodes may have disks of their own
-            dist.all_reduce(noted, dist.ReduceOp.MIN)
-        args.batch_size = max(b for b in range(1, int(noted) + 1) if share % b == 0)
-    if "accumulate" not in args.given:
+        if os.path.exists(note):
+            with open(note) as f:
+                limit = min(limit, int(f.read()))
+        limit = from_rank_0(limit)  # nodes may have disks of their own
+        args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
+    if "accumulate" not in given:
         args.accumulate = share // args.batch_size
-    if args.batch_size * args.accumulate * world_size != saved["global_batch"]:
-        raise ValueError(f"a step of this run takes {saved['global_batch']} images, which are not "
-                         f"{world_size} processes x {args.batch_size} images x {args.accumulate} "
-                         f"micro-batches; choose numbers that give {saved['global_batch']}, "
-                         f"processes that divide it")
-    return saved["global_batch"]
+    if args.batch_size * args.accumulate * world_size != total:
+        raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
+                         f"processes x {args.batch_size} images x {args.accumulate} micro-batches; "
+                         f"choose numbers that give {total}, processes that divide it")
+    return total
 
 
 def out_of_memory(args: argparse.Namespace) -> None:
-    """Leave a smaller micro-batch for --resume, and end this process, or with auto begin it anew.
+    """Leave a smaller micro-batch for --resume, and end this process, or with --auto-batch begin it
+    anew.
 
     Not by an exception: other processes wait in a collective, and so would a clean exit.
     """
@@ -656,9 +550,8 @@ def out_of_memory(args: argparse.Namespace) -> None:
                   f"go on with {half}, same images a step: --resume --out {args.out}")
     print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
           f"{advice}", file=sys.stderr, flush=True)
-    again = args.auto_batch and "batch_size" not in args.given and not args.dry_run
-    if half and again and not dist.is_initialized():  # torchrun --max-restarts does this
-        stop_workers()
+    if half and args.auto_batch and not (args.dry_run or dist.is_initialized()):
+        stop_workers()  # under torchrun, --max-restarts does what follows
         os.execv(sys.executable, [*sys.orig_argv, "--resume"])
     os._exit(1)
 
@@ -681,41 +574,19 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     if args.compile and dist.is_initialized() and device.type == "cuda" and not args.no_sync_bn:
         raise ValueError("--compile cannot trace norms that are synced over GPUs; add "
                          "--no-sync-bn, or leave --compile out")
+    place = {"device": device, "dtype": torch.float64 if args.double else torch.float32,
+             "memory_format": torch.channels_last}
     torch.manual_seed(args.seed)
     model, teacher = YoloNasPose(args.model, len(skeleton.names), args.mask), None
     report = load_weights(model, args.weights) if args.weights and not args.resume else {}
-    dtype = torch.float64 if args.double else torch.float32
     if args.teacher:
-        try:
-            teacher, file = load_model(args.teacher, args.teacher_model)
-        except ValueError as error:
-            raise ValueError(f"--teacher: {error}; official files need --teacher-model n, s, m or "
-                             f"l") from None
+        teacher, file = load_model(args.teacher, args.teacher_model)
         names = file["skeleton"]["names"] if "skeleton" in file else COCO_NAMES
         if names != skeleton.names or len(names) != teacher.num_keypoints:
             raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
                              f"expected those of the data: {', '.join(skeleton.names)}")
-        teacher = teacher.fuse().to(device, dtype, memory_format=torch.channels_last)
-    return model.to(device, dtype, memory_format=torch.channels_last), teacher, report
-
-
-def make_loss(args: argparse.Namespace, sigmas: list[float], device: torch.device) -> PoseLoss:
-    """The terms with the flags' weights."""
-    weights = LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight)
-    return PoseLoss(torch.tensor(sigmas, device=device), weights,
-                    reference=args.recipe == "reference", label_smoothing=args.label_smoothing)
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module,
-                   peak_lr: float) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov's momentum, and its groups.
-
-    Fused ones are right only where gradients lie in memory as their parameters do. Ours do.
-    """
-    groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=args.momentum, nesterov=True, fused=True)
-    return torch.optim.AdamW(groups, betas=(args.momentum, 0.999), fused=True)
+        teacher = teacher.fuse().to(**place)
+    return model.to(**place), teacher, report
 
 
 def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) -> None:
@@ -847,9 +718,13 @@ def main() -> None:
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
         model, teacher, report = make_model(args, skeleton, device)
-        criterion = make_loss(args, skeleton.sigmas, device)
+        criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
+                             LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
+                             reference=args.recipe == "reference",
+                             label_smoothing=args.label_smoothing)
         terms = TERMS + MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
         global_batch = cut_batch(args, saved, world_size)
+        random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
         ends, plan = make_plan(args, images, global_batch)
         total_steps = plan.total_steps
         held = lock(args.out) if rank == 0 else None  # as long as this variable lives
@@ -860,7 +735,8 @@ def main() -> None:
         model = sync_batch_norm(model)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 3)
-    optimizer = make_optimizer(args, model, peak_lr)
+    groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
+    optimizer = make_optimizer(args.optimizer, groups, args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
     if args.compile:  # after the average took its copy
@@ -937,7 +813,9 @@ def main() -> None:
             ema.update(at.step)
             warmup.update(at.step, sum(result.sums[1:]) / max(result.sums[0], 1.0))
             scheduler.step()  # after the warmup's end may have moved, as a resumed run has it
-            log.step(at.step, result, scheduler.get_last_lr()[0], memory_gb(device))
+            log.step(at.step, result, scheduler.get_last_lr()[0],
+                     torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else
+                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
             if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:
                 sync_check(model, result.mine, rank)
         else:

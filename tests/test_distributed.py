@@ -281,7 +281,7 @@ def test_what_has_most_to_remember_goes_on_bit_for_bit(data, tmp_path, processes
 @pytest.mark.long
 def test_short_memory_begins_anew_by_itself_with_auto(data, tmp_path):
     said = train("--data", data, "--out", tmp_path / "run", *FLAGS, "--epochs", 30, "--workers", 1,
-                 "--batch-size", "auto", "--eval-every", 30, "--save-every", 1, patch=OUT_OF_MEMORY)
+                 "--auto-batch", "--eval-every", 30, "--save-every", 1, patch=OUT_OF_MEMORY)
     assert "60 images of 64 px do not fit" in said and "30 images of 64 px do not fit" in said
     assert "15 images x 1 processes x 4 micro-batches = 60" in said
     assert checkpoint(tmp_path / "run")["step"] == 6

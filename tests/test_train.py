@@ -16,8 +16,9 @@ from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
-from train import (DEMO, RECIPES, epoch_ends, epochs_of, fill_recipe, flat_gradients, freeze, main,
-                   mean_of, note_bad, open_data, parse_args, train_step)
+from schedule import epoch_ends
+from train import (DEMO, RECIPES, epochs_of, fill_recipe, flat_gradients, freeze, main, mean_of,
+                   note_bad, open_data, parse_args, train_step)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -157,7 +158,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--lr-mult", "tail=2"], 2, "invalid factors value: 'tail=2'"),
     (["--occlude", "2"], 2, "--occlude 2.0 must lie in 0 to 1"),
     (["--freeze", "bn:1,bn:-1"], 2, "invalid epochs_of value"),
-    (["--resume", "--dry-run"], 2, "--resume True goes on with a run"),
+    (["--resume", "--dry-run"], 2, "--resume goes on with a run"),
     (["--distill-weight", "2"], 2, "is of no use without --teacher"),
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "no step completes all of these"),
@@ -165,7 +166,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
-    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "99"], 1, "train longer or warm up less"),
+    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "train longer or warm up less"),
     (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
     (["--data", "PEOPLE", "--out", __file__ + "/run"], 1, "Not a directory"),
     (["--epoch", "2", "--lr-shape", "x"], 2, "unrecognized arguments: --lr-shape x"),
@@ -294,7 +295,7 @@ def test_every_flag_has_a_default_and_is_of_its_kind():
     assert (args.freeze, args.lr_mult) == ({"bn": 0}, {"backbone": 0.1, "neck": 0.5})
     assert source["freeze"] == "flag" and source["clip_norm"] == "default"
     assert source["lr"] == "recipe n" and source["workers"] == "machine"
-    assert source.keys() | {"given", "auto_batch"} == vars(args).keys()
+    assert source.keys() | {"given"} == vars(args).keys()
 
 
 def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small):
