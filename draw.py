@@ -443,10 +443,9 @@ class Log:
 
     def __init__(self, args: argparse.Namespace, rank: int, total_steps: int, global_batch: int,
                  images: int, terms: tuple[str, ...]):
-        self.speaks, self.terms = rank == 0, terms
+        self.speaks, self.every, self.terms = rank == 0, args.log_every, terms
         self.path = os.path.join(args.out, "log.jsonl") if rank == 0 and not args.dry_run else None
-        self.every, self.total_steps = args.log_every, total_steps
-        self.global_batch, self.images = global_batch, images
+        self.total_steps, self.global_batch, self.images = total_steps, global_batch, images
         self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
         self.taken, self.waited, self.interval = 0, 0.0, time.monotonic()  # by this process alone
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
@@ -469,21 +468,17 @@ class Log:
                 f.write(json.dumps(values) + "\n")
 
     def evaluation(self, step: int, of: str, number: int, metrics: dict[str, float]) -> None:
-        """Report the numbers of `epoch` 3, or of the `average of` 10 epochs.
-
-        -1 means that nobody labeled is of that size.
-        """
+        """Report the numbers of `epoch` 3, or of the `average of` 10 epochs; -1 is of nobody."""
         self.write({"step": step, of: number, **metrics})
         known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
         print(f"{of} {number}  " + "  ".join(known), flush=True)
-        self.interval = time.monotonic()
 
     def report(self, pictures: list[tuple[str, Image.Image]]) -> None:
         """Write report.html anew, from log.jsonl and validation images with their captions."""
         folder = os.path.dirname(self.path)
         self.figures = [html_image(image, caption) for caption, image in pictures] or self.figures
-        write_text(os.path.join(folder, "report.html"), report_page(
-            folder, {folder: read_log(folder)}, self.starts, self.figures))
+        page = report_page(folder, {folder: read_log(folder)}, self.starts, self.figures)
+        write_text(os.path.join(folder, "report.html"), page)
         self.interval = time.monotonic()  # not of the next steps' time
 
     def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
@@ -506,31 +501,26 @@ class Log:
         return ", ".join(bad)
 
     def step(self, step: int, result, lr: float, memory: float) -> None:
-        """Take in a train.Step; every --log-every steps, and first at step 5, report.
-
-        memory in GB.
-        """
+        """Take in a train.Step; every --log-every steps, and first at step 5, report. memory: GB"""
         self.sums = [a + b for a, b in zip(self.sums, result.sums)]
         self.steps, self.taken = self.steps + 1, self.taken + 1
         self.waited += result.waited
         if not self.speaks or (step % self.every and step not in (5, self.total_steps)):
             return
-        score_sum, *terms = self.sums
         seconds = time.monotonic() - self.interval
-        terms = {name: term / max(score_sum, 1.0) for name, term in zip(self.terms, terms)}
-        rate = self.taken * self.global_batch / seconds
-        values = {"step": step, "epoch": round(step * self.global_batch / self.images, 3),
-                  "loss": sum(terms.values()), **terms,
-                  "scores": score_sum / self.steps / self.global_batch, "lr": lr,
-                  "grad_norm": result.norm, "img_s": rate, "data_wait": self.waited / seconds,
-                  "memory_gb": memory}
-        self.write(values)
-        eta = (self.total_steps - step) * self.global_batch / rate
-        print(f"epoch {values['epoch']:.2f}  step {step}/{self.total_steps}  "
-              f"loss {values['loss']:.3f} (" + " ".join(f"{n} {v:.3f}" for n, v in terms.items())
-              + f")  lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  "
-              f"data {values['data_wait']:.0%}  {memory:.1f} GB  ETA {eta / 60:.1f} min",
-              flush=True)
+        score_sum, *sums = self.sums
+        terms = {name: term / max(score_sum, 1.0) for name, term in zip(self.terms, sums)}
+        epoch, loss = round(step * self.global_batch / self.images, 3), sum(terms.values())
+        rate, waited = self.taken * self.global_batch / seconds, self.waited / seconds
+        self.write({"step": step, "epoch": epoch, "loss": loss, **terms,
+                    "scores": score_sum / self.steps / self.global_batch, "lr": lr,
+                    "grad_norm": result.norm, "img_s": rate, "data_wait": waited,
+                    "memory_gb": memory})
+        minutes = (self.total_steps - step) * self.global_batch / rate / 60
+        named = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        print(f"epoch {epoch:.2f}  step {step}/{self.total_steps}  loss {loss:.3f} ({named})  "
+              f"lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  data {waited:.0%}  "
+              f"{memory:.1f} GB  ETA {minutes:.1f} min", flush=True)
         self.sums, self.steps, self.waited, self.taken = [0.0] * len(self.sums), 0, 0.0, 0
         self.interval = time.monotonic()
 
@@ -538,21 +528,19 @@ class Log:
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
                skeleton, images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
                peak_lr: float, device: str) -> str:
-    """Print and return the command, every resolved value and where it came from, and what they
-    turn into on this machine.
+    """Print and return the command, each value by its source, and what they come to here.
 
     images to train on and to evaluate; batch is processes and images a step; steps are those of
     all epochs, done, to do now, of the warmup, and while the keypoint tolerance narrows.
     """
     processes = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc-per-node {processes} " if processes else "python "
-    groups, lines = {}, [f"command       {launcher}{shlex.join(sys.argv)}"]
-    for name, origin in source.items():
-        if getattr(args, name) is not None:
-            groups.setdefault(origin, []).append(f"{name.replace('_', '-')} {getattr(args, name)}")
-    for origin, values in groups.items():
-        lines.append(textwrap.fill(", ".join(values), 100, initial_indent=f"{origin:13} ",
-                                   subsequent_indent=14 * " ", break_on_hyphens=False))
+    launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    lines = [f"command       {launcher} {shlex.join(sys.argv)}"]
+    for origin in dict.fromkeys(source.values()):
+        values = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in source
+                           if source[name] == origin and getattr(args, name) is not None)
+        lines.append(textwrap.fill(f"{origin:13} {values}", 100, subsequent_indent=14 * " ",
+                                   break_on_hyphens=False))
     for name, tensors in report.items():
         some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")
         lines += [f"weights {name} {len(tensors)}{some}"] if tensors else []
