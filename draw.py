@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 LEFT, RIGHT, MIDDLE = (255, 140, 0), (0, 190, 255), (120, 230, 80)  # sides of the person
-BOX, IGNORED = (255, 255, 255), (170, 170, 170)
+BOX, IGNORED, BLACK = (255, 255, 255), (170, 170, 170), (0, 0, 0)
 # Curves, and the dashes of those beyond eight: 3.8 to 1 or more against white and near black.
 COLORS = ("#2f7fd1", "#d4600f", "#149070", "#c2589b", "#a07c0a", "#7f72d6", "#d0454c", "#78818a")
 DASHES = ("none", "6 3", "2 3")
@@ -54,47 +54,39 @@ pre{font-size:12px;overflow:auto;padding:12px;border:1px solid var(--line)}
 body{background:#16191d}}"""
 
 
-def side_color(name: str) -> tuple[int, int, int]:
-    """Orange for left_*, blue for right_*, green for the rest."""
-    return LEFT if name.startswith("left") else RIGHT if name.startswith("right") else MIDDLE
-
-
 def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, names: list[str],
                 edges: list[list[int]], scores: Sequence[float] | None = None,
                 min_score: float = 0.3) -> Image.Image:
-    """A copy of the image with one skeleton and box a person.
+    """A copy of the image with one skeleton and box a person: left orange, right blue, else green.
 
-    boxes (M, 4) and keypoints (M, K, 3) in px of the image; the third number is a visibility
-    (labels: 0 is not drawn, 1 is hollow) or a score in [0, 1] (predictions, when scores (M,) of
-    the people are given: under min_score a keypoint is not drawn).
+    boxes (M, 4) and keypoints (M, K, 3) in px; the third number is a visibility (labels: 0 is not
+    drawn, 1 is hollow) or, with scores (M,) of predictions, a score: under min_score not drawn.
     """
     image = image.convert("RGB")
-    pen, font = ImageDraw.Draw(image), max(11, max(image.size) // 34)
-    width = max(round(max(image.size) / 240), 1)
-    rim = width + 2 * math.ceil(width / 2) if max(image.size) >= 160 else 0  # dark, for any ground
-    for i, (box, person) in enumerate(zip(boxes, keypoints)):
+    pen, side = ImageDraw.Draw(image), max(image.size)
+    width, font = max(round(side / 240), 1), max(11, side // 34)
+    rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, for any ground
+    colors = [LEFT if name.startswith("left") else RIGHT if name.startswith("right") else MIDDLE
+              for name in names]
+    for i, ((x1, y1, x2, y2), person) in enumerate(zip(np.asarray(boxes).tolist(), keypoints)):
         seen = person[:, 2] > (0 if scores is None else min_score)
-        x1, y1, x2, y2 = (float(v) for v in box)
-        for color, w in (((0, 0, 0), rim), (BOX if seen.any() else IGNORED, width)):
-            if w and x2 >= x1 and y2 >= y1:
-                pen.line([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], color, w, joint="curve")
-        lines = [(a, b, side_color(names[b] if side_color(names[a]) == MIDDLE else names[a]))
-                 for a, b in edges if seen[a] and seen[b]]
-        for a, b, _ in lines if rim else ():
-            pen.line([*person[a, :2], *person[b, :2]], (0, 0, 0), rim)
-        for a, b, color in lines:
-            pen.line([*person[a, :2], *person[b, :2]], color, width)
-        for (x, y, v), name in zip(person[seen], np.array(names)[seen]):
-            r = 1.5 * width
-            hidden = scores is None and v == 1
-            pen.ellipse([x - r, y - r, x + r, y + r], width=max(width // 2, 1),
-                        outline=(0, 0, 0) if rim and not hidden else side_color(name),
-                        fill=None if hidden else side_color(name))
+        lines = [([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], BOX if seen.any() else IGNORED)]
+        lines += [([*person[a, :2], *person[b, :2]], colors[b if colors[a] == MIDDLE else a])
+                  for a, b in edges if seen[a] and seen[b]]
+        for points, _ in lines:
+            pen.line(points, BLACK, rim, joint="curve")
+        for points, color in lines:
+            pen.line(points, color, width, joint="curve")
+        for k in np.flatnonzero(seen):
+            (x, y, v), color, r = person[k], colors[k], 1.5 * width
+            hollow = scores is None and v == 1
+            pen.ellipse([x - r, y - r, x + r, y + r], None if hollow else color,
+                        color if hollow or rim == width else BLACK, max(width // 2, 1))
         if scores is not None:
-            place = (min(max(x1, 0) + 2 * width, image.width - 2.5 * font),
-                     min(max(y1, 0) + width, image.height - 1.5 * font))
-            pen.text(place, f"{scores[i]:.2f}", fill=BOX, stroke_width=max(width // 2, 1),
-                     stroke_fill=(0, 0, 0), font_size=font)
+            place = np.clip((x1 + 2 * width, y1 + width), (2 * width, width),
+                            (image.width - 2.5 * font, image.height - 1.5 * font))
+            pen.text(tuple(place), f"{scores[i]:.2f}", BOX, font_size=font,
+                     stroke_width=max(width // 2, 1), stroke_fill=BLACK)
     return image
 
 
