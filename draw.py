@@ -28,11 +28,11 @@ BOX, IGNORED, BLACK = (255, 255, 255), (170, 170, 170), (0, 0, 0)
 # Curves, and the dashes of those beyond eight: 3.8 to 1 or more against white and near black.
 COLORS = ("#2f7fd1", "#d4600f", "#149070", "#c2589b", "#a07c0a", "#7f72d6", "#d0454c", "#78818a")
 DASHES = ("none", "6 3", "2 3")
-CHART_STYLE = """.chart rect{fill:#fff}.chart text{fill:#57606a;font:11px system-ui,sans-serif}
-.chart .title{fill:#1f2328;font-size:13px;font-weight:600}.chart polyline{fill:none}
-.chart line,.chart polyline{stroke-width:1.8;stroke-linejoin:round}.chart circle{fill:#fff}
+CHART_STYLE = """.chart rect,.chart circle{fill:#fff}.chart polyline{fill:none}
+.chart text{fill:#57606a;font:11px system-ui,sans-serif}.chart .title{font:600 13px system-ui}
+.chart line,.chart polyline{stroke-width:1.8;stroke-linejoin:round}
 .chart .grid{stroke:#888;stroke-width:1;stroke-opacity:.25}@media(prefers-color-scheme:dark){
-.chart rect,.chart circle{fill:#16191d}.chart text{fill:#9aa4ae}.chart .title{fill:#e6e9ec}}"""
+.chart rect,.chart circle{fill:#16191d}.chart text{fill:#9aa4ae}}"""
 # Numbers of log.jsonl that the report shows as curves; others beside the loss are its terms.
 EVALUATED = ("AP", "AP50", "AP75", "AR", "OKS", "mask_IoU")
 PACE = {"lr": "learning rate", "grad_norm": "gradient norm", "scores": "assigned scores an image",
@@ -103,19 +103,17 @@ def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Imag
 def ticks(low: float, high: float, outer: bool = False) -> list[float]:
     """Three to nine round numbers between low < high; with outer they enclose low and high."""
     step = 10 ** math.floor(math.log10((high - low) / 3))
-    step *= max(m for m in (1, 2, 5) if m * step * 3 <= high - low or m == 1)
+    step *= max(m for m in (1, 2, 5) if m == 1 or m * step * 3 <= high - low)
     first, last = round(low / step, 6), round(high / step, 6)  # 0.3 / 0.1 is not quite 3
-    first, last = ((math.floor(first), math.ceil(last)) if outer else
-                   (math.ceil(first), math.floor(last)))
-    return [i * step for i in range(first, last + 1)]
+    numbers = (range(math.floor(first), math.ceil(last) + 1) if outer else
+               range(math.ceil(first), math.floor(last) + 1))
+    return [i * step for i in numbers]
 
 
 def with_zero(low: float, high: float) -> tuple[float, float]:
-    """The ends of an axis: it holds 0, unless the curves then took up less than half of it.
-
-    Curves within 1 % are level and do not count: their ticks would differ in a fifth digit.
-    """
-    if high - low < 0.01 * high or not 0 < high / 2 < low:
+    """The ends of an axis: it holds 0, unless the curves then took up less than half of it."""
+    level = high - low < 0.01 * high  # then ticks would differ in a fifth digit
+    if level or not 0 < high / 2 < low:
         low, high = min(low, 0), max(high, 0)
     return low, high if high > low else low + 1
 
@@ -133,91 +131,73 @@ def escape(text: str) -> str:
     return html.escape("".join(c if c.isprintable() or c == "\n" else "\u25a1" for c in text))
 
 
-def svg_curve(name: str, points: list[tuple[float, float]], scale: Callable, look: str) -> str:
+def svg_curve(name: str, points: list[tuple[float, float]], place: Callable, look: str) -> str:
     """One curve: what is not broken as a line; its end, and all of up to 25 points, as dots."""
-    pieces = [[]]
-    for x, y in points:
-        if math.isfinite(x) and math.isfinite(y):
-            pieces[-1].append((x, y))
-        else:
-            pieces.append([])
-    out = []
-    for piece in filter(None, pieces):
-        places = " ".join(f"{px:.1f},{py:.1f}" for px, py in itertools.starmap(scale, piece))
-        out.append(f'<polyline points="{places}" {look}/>')
-        for x, y in piece if len(points) <= 25 else piece[-1:]:
-            px, py = scale(x, y)
-            out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" {look}><title>{escape(name)}'
-                       f': {y:.6g} at {x:.6g}</title></circle>')
-    return "".join(out)
-
-
-def svg_legend(names: list[str], looks: list[str], width: int, top: int) -> tuple[str, int]:
-    """Names with a piece of their curve, as many in a row as fit, and the height of all rows."""
-    out, x, y = [], 12, top + 8
-    for name, look in zip(names, looks):
-        name = name if len(name) <= width // 7 - 8 else "\u2026" + name[9 - width // 7:]
-        if x > 12 and x + 26 + 6.6 * len(name) > width:
-            x, y = 12, y + 17
-        out.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" {look}/>'
-                   f'<text x="{x + 24}" y="{y + 4}">{escape(name)}</text>')
-        x = round(x + 40 + 6.6 * len(name))
-    return "".join(out), y + 12 - top if names else 0
+    out = ""
+    for finite, piece in itertools.groupby(points, lambda point: all(map(math.isfinite, point))):
+        if finite:
+            dots = [(*place(x, y), f"{escape(name)}: {y:.6g} at {x:.6g}") for x, y in piece]
+            path = " ".join(f"{px},{py}" for px, py, _ in dots)
+            out += f'<polyline points="{path}" {look}/>'
+            for px, py, text in dots if len(points) <= 25 else dots[-1:]:
+                out += f'<circle cx="{px}" cy="{py}" r="2.5" {look}><title>{text}</title></circle>'
+    return out
 
 
 def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: bool = False,
               width: int = 360, height: int = 220) -> str:
     """Curves of points (x, y), each with its name: one SVG for a page or for a file of its own.
 
-    A point that is not finite breaks its curve; log2_x needs x > 0. The axes are with_zero's, and
-    y has round ends. One curve named as the title has no legend. Up to 25 points a curve are
-    marked, and say their numbers under a mouse. Legends come below `height`.
+    A point that is not finite breaks its curve; log2_x needs x > 0; a mouse over a dot shows its
+    numbers. The legend adds to height (px); one curve named as the title has none.
     """
     left, right, top, bottom = 52, width - 18, 34, height - 26
-    found = [point for points in series.values() for point in points
-             if all(map(math.isfinite, point))] or [(1, 0)]
-    x0, x1, y0, y1 = (f(values) for values in zip(*found) for f in (min, max))
-    y_ticks = ticks(*with_zero(y0, y1), outer=True)
-    y0, y1 = y_ticks[0], y_ticks[-1]
-    if log2_x:
-        u0, u1 = math.log2(x0), max(math.log2(x1), math.log2(x0) + 1)
-        every = math.ceil((u1 - u0 + 1) * 56 / (right - left))
-        x_ticks = [2.0 ** u for u in range(math.ceil(u0), math.floor(u1) + 1, every)]
-    else:
-        u0, u1 = with_zero(x0, x1)
-        x_ticks = ticks(u0, u1)
+    bend = math.log2 if log2_x else float
+    xs, ys = zip(*[(bend(x), y) for points in series.values()
+                   for x, y in points if math.isfinite(x) and math.isfinite(y)] or [(1, 0)])
+    start, end = (min(xs), max(*xs, min(xs) + 1)) if log2_x else with_zero(min(xs), max(xs))
+    y_ticks = ticks(*with_zero(min(ys), max(ys)), outer=True)
 
-    def scale(x: float, y: float) -> tuple[float, float]:
-        return (left + ((math.log2(x) if log2_x else x) - u0) / (u1 - u0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
-    looks = [f'stroke="{COLORS[i % len(COLORS)]}" stroke-dasharray="{DASHES[i // len(COLORS) % 3]}"'
-             for i in range(len(series))]
-    names = [] if list(series) == [title] else list(series)
-    legend, more = svg_legend(names, looks, width, height)
-    out = []
+    def place(x: float, y: float) -> tuple[str, str]:
+        across = (bend(x) - start) / (end - start)
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return f"{left + across * (right - left):.1f}", f"{bottom - up * (bottom - top):.1f}"
+
+    parts = []
     for y in y_ticks:
-        at = scale(x1, y)[1]
-        out.append(f'<line class="grid" x1="{left}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>'
-                   f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{short(y)}</text>')
-    for x in x_ticks:
-        out.append(f'<text x="{scale(x, y1)[0]:.1f}" y="{bottom + 17}" text-anchor="middle">'
-                   f'{short(float(f"{x:.3g}") if log2_x and x < 1 else x)}</text>')
-    out += [svg_curve(name, points, scale, look)
-            for (name, points), look in zip(series.items(), looks)]
+        _, at = place(1, y)
+        parts.append(f'<line class="grid" x1="{left}" y1="{at}" x2="{right}" y2="{at}"/>'
+                     f'<text x="{left - 7}" y="{at}" dy="4" text-anchor="end">{short(y)}</text>')
+    for x in ticks(start, end):
+        x = 2 ** x if log2_x else x
+        at, _ = place(x, 0)
+        parts.append(f'<text x="{at}" y="{bottom + 17}" text-anchor="middle">{short(x)}</text>')
+    most = width // 7 - 8  # letters of a name
+    names = ["\u2026" + name[1 - most:] if len(name) > most else name for name in series]
+    columns = max(width // (40 + 7 * max(map(len, names), default=0)), 1)
+    for i, (name, points) in enumerate(series.items()):
+        look = (f'stroke="{COLORS[i % len(COLORS)]}" '
+                f'stroke-dasharray="{DASHES[i // len(COLORS) % len(DASHES)]}"')
+        parts.append(svg_curve(name, points, place, look))
+        if list(series) != [title]:
+            x, y = 12 + i % columns * (width // columns), bottom + 34 + i // columns * 17
+            height = y + 12
+            parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" {look}/>'
+                         f'<text x="{x + 24}" y="{y + 4}">{escape(names[i])}</text>')
     return (f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" width="{width}" '
-            f'height="{height + more}" viewBox="0 0 {width} {height + more}" role="img" '
+            f'height="{height}" viewBox="0 0 {width} {height}" role="img" '
             f'aria-label="{escape(title)}"><style>{CHART_STYLE}</style><rect width="100%" '
             f'height="100%"/><text class="title" x="12" y="20">{escape(title)}</text>'
-            + "".join(out) + legend + "</svg>")
+            + "".join(parts) + "</svg>")
 
 
 def svg_column(charts: list[str]) -> str:
     """Charts of one width below each other, in one SVG."""
     out, y = "", 0
     for chart in charts:
+        width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', chart).groups())
         out += chart.replace("<svg ", f'<svg y="{y}" ', 1)
-        y += int(re.search(r'height="(\d+)"', chart)[1])
-    width = re.search(r'width="(\d+)"', charts[0])[1]
+        y += height
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" '
             f'viewBox="0 0 {width} {y}">{out}</svg>\n')
 
