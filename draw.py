@@ -2,8 +2,7 @@
 
     python draw.py runs/a runs/b --out runs.html      # several runs in the same charts
 
-Owns pixels that are for looking at, SVG and HTML, lines of the terminal, log.jsonl and report.html.
-Knows nothing about networks, files of labels or how training works; it imports numpy and Pillow.
+Knows nothing about networks, labels or how training works; it imports numpy and Pillow.
 """
 import argparse
 import base64
@@ -33,25 +32,24 @@ CHART_STYLE = """.chart rect,.chart circle{fill:#fff}.chart polyline{fill:none}
 .chart line,.chart polyline{stroke-width:1.8;stroke-linejoin:round}
 .chart .grid{stroke:#888;stroke-width:1;stroke-opacity:.25}@media(prefers-color-scheme:dark){
 .chart rect,.chart circle{fill:#16191d}.chart text{fill:#9aa4ae}}"""
+PAGE_STYLE = """:root{color-scheme:light dark}h1,h2{font-size:20px;margin-top:28px}
+body{margin:auto;max-width:1200px;padding:0 16px;font:15px/1.5 system-ui;overflow-wrap:anywhere}
+p,figure{margin:4px 0}.chart,img{display:block;width:100%;height:auto}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
+.table{overflow:auto}details .table{max-height:420px}table{border-collapse:collapse;font-size:13px}
+th,td{padding:3px 12px 3px 0;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
+th:first-child,td:first-child{text-align:left}pre{font-size:12px;white-space:pre-wrap}
+@media(max-width:480px){th,td{font-size:10px;padding-right:2px}
+td:first-child{white-space:normal;overflow-wrap:normal}}
+@media(prefers-color-scheme:dark){body{background:#16191d}}"""
 # Numbers of log.jsonl that the report shows as curves; others beside the loss are its terms.
 EVALUATED = ("AP", "AP50", "AP75", "AR", "OKS", "mask_IoU")
 PACE = {"lr": "learning rate", "grad_norm": "gradient norm", "scores": "assigned scores an image",
         "img_s": "images a second", "data_wait": "share of the time spent waiting for data",
         "memory_gb": "largest memory, GB"}
-PAGE_STYLE = """:root{color-scheme:light dark;--ink:#1f2328;--soft:#57606a;--line:#d8dee4}
-body{margin:0 auto;max-width:1200px;padding:16px;color:var(--ink);background:#fff;
-font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:22px;margin:8px 0}
-h2{font-size:17px;margin:32px 0 8px}h3,summary{font-size:14px}
-p,figcaption{color:var(--soft);margin:4px 0}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
-.chart,img{display:block;width:100%;height:auto}figure{margin:0}
-.table{overflow:auto;max-height:420px;margin:8px 0}table{border-collapse:collapse;font-size:13px}
-th,td{padding:3px 12px 3px 0;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
-.number,th:not(:first-child){text-align:right}.number{font-variant-numeric:tabular-nums}
-pre{font-size:12px;overflow:auto;padding:12px;border:1px solid var(--line)}
-.command{white-space:pre-wrap}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa4ae;--line:#343a41}
-body{background:#16191d}}"""
+NOTES = {"Loss": "Rises while the keypoint tolerance narrows (--sigma-epochs): watch AP and OKS.",
+         "Validation images": "Left labels, right predictions of the averaged weights with a score "
+         "of 0.3 or more. OKS: mean of labeled people's best detections, whatever their scores."}
 
 
 def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, names: list[str],
@@ -203,30 +201,22 @@ def svg_column(charts: list[str]) -> str:
 
 
 def html_table(header: list[str], rows: list[list]) -> str:
-    """A table that scrolls inside its box. Numbers stand right, floats with four digits."""
-    def cell(value) -> str:
-        if isinstance(value, str):
-            return f"<td>{escape(value)}</td>"
-        return f'<td class="number">{short(value) if isinstance(value, float) else value}</td>'
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return (f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
-def html_grid(parts: list[str]) -> str:
-    """Charts or images side by side, as many as fit; one below the other on a phone."""
-    return f'<div class="grid">{"".join(parts)}</div>'
+    """A table that scrolls inside its box, floats with four digits."""
+    def line(tag: str, values: list) -> str:
+        cells = [short(value) if isinstance(value, float) else str(value) for value in values]
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    lines = [line("th", header)] + [line("td", row) for row in rows]
+    return f'<div class="table" tabindex="0"><table>{"".join(lines)}</table></div>'
 
 
 def html_image(image: Image.Image, alt: str, most: int = 720) -> str:
     """An image of at most `most` px a side inside the page, with its text below."""
-    image, file = image.convert("RGB"), io.BytesIO()
+    image, file, alt = image.convert("RGB"), io.BytesIO(), escape(alt)
     image.thumbnail((most, most))
     image.save(file, "JPEG", quality=85)
-    return (f'<figure><img alt="{escape(alt)}" width="{image.width}" height="{image.height}" '
+    return (f'<figure><img alt="{alt}" width="{image.width}" height="{image.height}" '
             f'src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
-            f"<figcaption>{escape(alt)}</figcaption></figure>")
+            f"<figcaption>{alt}</figcaption></figure>")
 
 
 def html_page(title: str, parts: list[str]) -> str:
@@ -246,11 +236,9 @@ def write_text(path: str, text: str) -> None:
 
 def read_log(folder: str) -> list[dict]:
     """The lines of a run's log.jsonl. Raises ValueError and OSError."""
-    path = os.path.join(folder, "log.jsonl")
+    path, lines = os.path.join(folder, "log.jsonl"), []
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} not found; expected a folder that train.py wrote, its "
-                                f"--out")
-    lines = []
+        raise FileNotFoundError(f"{path} not found; expected a folder that train.py wrote")
     with open(path, encoding="utf-8") as f:
         for number, text in enumerate(f, 1):
             try:
@@ -267,50 +255,36 @@ def thin(points: list[tuple[float, float]], most: int = 300) -> list[tuple[float
     """At most `most` points: of a longer curve the means of stretches. Breaks stay."""
     size = math.ceil(len(points) / most) or 1
     parts = [points[i:i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
-            for part in parts]
+    return [tuple(sum(values) / len(part) for values in zip(*part)) for part in parts]
 
 
-def progress(runs: dict[str, list[dict]]) -> dict[str, list[str]]:
-    """Charts over the steps, one for each number of the logs, by heading; a run keeps its color."""
-    curves = {}  # number -> run -> points
-    for run, lines in runs.items():
-        for line in lines:
-            for name in line.keys() - {"step", "epoch", "skipped", "not_finite"}:
-                value = math.nan if line[name] == -1 else line[name]  # nobody of that size
-                if "average of" not in line:
-                    curves.setdefault(name, {}).setdefault(run, []).append((line["step"], value))
-    terms = [name for lines in runs.values() for line in lines if "loss" in line
-             for name in line if name in curves and name not in PACE]
-    headings = {"Evaluation": EVALUATED, "Loss": dict.fromkeys(terms),
-                "Optimizer and machine": PACE}
-    return {heading: [
-        svg_chart({title if len(runs) == 1 else run: thin(curves[name].get(run, []))
-                   for run in runs}, title)
-        for name in names if name in curves for title in [PACE.get(name, name)]]
-        for heading, names in headings.items()}
+def number_chart(runs: dict[str, list[dict]], name: str) -> str:
+    """One number of the logs over the steps, nothing if they lack it; a run keeps its color."""
+    curves = {run: [(line["step"], math.nan if line[name] == -1 else line[name])  # -1 is nobody
+                    for line in lines if name in line and "average of" not in line]
+              for run, lines in runs.items()}
+    title = PACE.get(name, name)
+    series = {run if len(runs) > 1 else title: thin(points) for run, points in curves.items()}
+    return svg_chart(series, title) if any(curves.values()) else ""
 
 
-def log_tables(lines: list[dict]) -> list[str]:
-    """Numbers of a log as tables that open: all evaluations, last skipped steps, 200 of its lines.
+def dict_table(rows: list[dict]) -> str:
+    """Columns as in the longest row; what a row lacks, or calls -1 as nobody is there, is empty."""
+    longest_first = sorted(reversed(rows), key=len, reverse=True)
+    names = list(dict.fromkeys(name for row in longest_first for name in row))
+    return html_table(names, [["" if row.get(name, -1) == -1 else row[name] for name in names]
+                              for row in rows])
 
-    The newest are on top.
-    """
-    trained = [line for line in lines if "loss" in line]
-    every = math.ceil(len(trained) / 200) or 1
-    kinds = [("Evaluations", [line for line in lines if "AP" in line]),
-             ("Skipped steps, the last 100", [line for line in lines if "skipped" in line][-100:]),
-             (f"Lines of the log{f', one of {every}' * (every > 1)}",
-              [*reversed(trained[::-every])])]
-    out = []
-    for title, kind in kinds:
-        header = list(dict.fromkeys(name for line in kind for name in line))
-        rows = [[", ".join(line[name]) if name == "not_finite" else
-                 "" if line.get(name, -1) == -1 else line[name] for name in header]
-                for line in reversed(kind)]
-        if rows:
-            out.append(f"<details><summary>{title}</summary>{html_table(header, rows)}</details>")
-    return out
+
+def log_tables(run: str, lines: list[dict]) -> str:
+    """Numbers of a log as tables that open, the newest on top."""
+    evaluated, skipped, trained = ([line for line in reversed(lines) if name in line]
+                                   for name in ("AP", "skipped", "loss"))
+    tables = {"evaluations": evaluated, "the last 100 skipped steps": [
+        {**line, "not_finite": ", ".join(line["not_finite"])} for line in skipped[:100]],
+        "up to 200 lines of the log": trained[::math.ceil(len(trained) / 200) or 1]}
+    return "".join(f"<details><summary>{escape(run)}: {name}</summary>{dict_table(rows)}</details>"
+                   for name, rows in tables.items() if rows)
 
 
 def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] = (),
@@ -319,95 +293,69 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
 
     starts are the printed plans of a run, one each time it was started; figures are html_image's.
     """
-    rows = []
+    rows, terms = [], {}
     for run, lines in runs.items():
         best = max((line for line in lines if "AP" in line and "epoch" in line),
                    key=lambda line: line["AP"], default={})
-        last = [line for line in lines if "loss" in line][-1:] or [{}]
-        skipped = max(line.get("skipped", 0) for line in lines)
+        last = next((line for line in reversed(lines) if "loss" in line), {})
+        terms |= dict.fromkeys(name for name in last if name not in ("step", "epoch", *PACE))
         rows.append([run, best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""),
-                     lines[-1]["step"], last[0].get("epoch", ""), last[0].get("loss", ""), skipped])
+                     lines[-1]["step"], last.get("epoch", ""), last.get("loss", ""),
+                     max(line.get("skipped", 0) for line in lines)])
     parts = [html_table(["run", "best AP", "its OKS", "after epoch", "steps", "epochs", "last loss",
                          "skipped steps"], rows),
              "<p>Curves over optimizer steps; a long one shows means of neighbors.</p>"]
-    for heading, charts in progress(runs).items():
-        parts += [f"<h2>{heading}</h2>", html_grid(charts)] if charts else []
-        if heading == "Loss" and charts:
-            parts.insert(-1, "<p>It rises while the tolerance of keypoints narrows "
-                         "(--sigma-epochs); AP and OKS tell then.</p>")
-        if heading == "Evaluation" and figures:
-            parts += ["<h2>Validation images</h2><p>Left the labels, right what the averaged "
-                      "weights predict with a score of 0.3 or more. OKS: mean over an image's "
-                      "labeled people of their best detection's, whatever its score.</p>",
-                      html_grid(figures)]
-    parts.append("<h2>Numbers</h2>")
-    for run, lines in runs.items():
-        parts += [f"<h3>{escape(run)}</h3>"] * (len(runs) > 1) + log_tables(lines)
+    charts = {heading: "".join(number_chart(runs, name) for name in names) for heading, names in (
+        ("Evaluation", EVALUATED), ("Loss", terms), ("Optimizer and machine", PACE))}
+    for heading, pictures in {**charts, "Validation images": "".join(figures)}.items():
+        if pictures:
+            parts.append(f"<h2>{heading}</h2><p>{NOTES.get(heading, '')}</p>"
+                         f'<div class="charts">{pictures}</div>')
+    parts += ["<h2>Numbers</h2>", *(log_tables(run, lines) for run, lines in runs.items())]
     for i, start in enumerate(reversed(starts)):
         heading = "An earlier start" if i else "Command and plan"
-        command, _, plan = start.partition("\n")
-        parts.append(f'<h2>{heading}</h2><pre class="command">{escape(command)}</pre>'
-                     f"<pre>{escape(plan)}</pre>")
+        parts.append(f"<h2>{heading}</h2><pre>{escape(start)}</pre>")
     return html_page(title, parts)
 
 
-CARD = {  # what a reader who has never met these numbers needs
-    "images": "AP, average precision, is 1 if every labeled person is found, nobody else is, and "
-    "all keypoints lie on their labels. It is the mean over ten tolerances: AP50 is the widest, "
-    "AP75 a narrow one. AR is the share of people found, over the same ten. An image without "
-    "people can only show false detections.",
-    "people in the image": "Images by how many people are labeled in them.",
-    "crowding": "Images by the share of other people's keypoints in a person's box, on average: "
-    "easy is up to 0.1, medium up to 0.8, hard above, as in CrowdPose.",
-    "size": "People by area: medium is 32\u00b2 to 96\u00b2 px of the file, large is above.",
-    "keypoints of found people": "Good: as near to the label as people who label agree. Jitter: a "
-    "little off. Inversion: on the same person's other side, left for right. Swap: on another "
-    "person. Miss: on none of these.",
-    "detections": "Best: the one nearest to its person. Score: farther than that, but of a higher "
-    "score. Duplicate: farther, and of a lower score. Background: on nobody. Scores are put right "
-    "by giving each best its OKS and all others 0, which also takes the other two out of the way.",
-    "people": "Found: some detection fits them at least roughly (OKS 0.1). Missed: none does.",
-    "keypoints": "Of found people. OKS is 1 on the label and falls to 0 with the distance, by the "
-    "person's size and what is usual for the keypoint. PCK is the share within a tenth of the "
-    "box's longer side. Good to miss are shares, as above, and add up to 1."}
-CARD_STYLE = """<style>.table{max-height:none}td+td,th+th{text-align:right}
-@media(max-width:480px){th,td{font-size:10px;padding-right:4px}}</style>"""
+CARD = """<p>AP would rise most if these were put right, each alone: {worst}.</p>
+<h2>Average precision</h2><p>AP is 1 if all labeled people are found, nobody else is, and keypoints
+lie on their labels: the mean over ten tolerances; AP50 is the widest, AP75 a narrow one. AR is the
+share of people found. Crowding is the share of other people's keypoints in a person's box: easy to
+0.1, hard above 0.8, as in CrowdPose. Medium people have 32\u00b2 to 96\u00b2 px of the file, large
+ones more.</p>{scores}
+<h2>What goes wrong</h2><p>AP is what it would be if this one kind of error were put right and all
+else stayed; gain is the difference to now. Gains overlap.</p>
+<p>Keypoints: good is as near to the label as people who label agree, jitter a little off, inversion
+on the same person's other side, swap on another person, miss on none of these. Detections: best is
+the one nearest to its person, score is farther but of a higher score, duplicate of a lower one,
+background on nobody. Scores are put right by giving each best its OKS and all others 0, which takes
+the other two out of the way too. People are found if a detection fits them roughly (OKS 0.1).</p>
+{errors}<h2>Keypoints</h2><p>Of found people. OKS is 1 on the label and falls to 0 with distance, by
+the person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
+longer side. Good to miss are shares, and add up to 1.</p>{keypoints}
+<h2>Speed</h2><p>{latency_ms:.1f} ms for one image; {img_s:.1f} images a second in batches of
+{batch}, from pixels in memory to people. The whole evaluation took {evaluation_s:.0f} s.</p>
+<h2>How it was measured</h2><p>{images} images, {empty} of them without labeled people</p>"""
 
 
 def card_page(card: dict) -> str:
-    """The page of evaluate.py --card from its numbers; -1, where nothing is labeled, is a dash."""
-    def show(value, digits: int) -> str:
-        text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-        return "\u2013" if value == -1 else text
-
-    def table(rows: list[dict], without: str) -> str:
-        names = sorted((n for n in max(rows, key=len) if n != without), key="labeled".__eq__)
-        return html_table(names, [[show(row.get(name, -1), 3 if without else 2) for name in names]
-                                  for row in rows])
+    """The page of evaluate.py --card, from its numbers."""
+    def table(rows: list[dict], name: str, group: str = "", digits: int = 3) -> str:
+        return dict_table([{"": f"{row[group]}: {row[name]}" if group else row[name]} | {
+            key: f"{value:.{digits}f}" if isinstance(value, float) and value != -1 else value
+            for key, value in row.items() if key not in (name, group)} for row in rows])
 
     gains = sorted((row for row in card["errors"] if "gain" in row), key=lambda row: -row["gain"])
-    parts = [CARD_STYLE, "<p>AP would rise most if these were put right, each alone: " + ", ".join(
-        f"{row['kind']} ({row['of']}) by {row['gain']:.3f}" for row in gains[:3]) + ".</p>"]
-    for title, rows, by in (("Average precision", card["scores"], "group"),
-                            ("What goes wrong", card["errors"], "of"),
-                            ("Keypoints", card["keypoints"], "")):
-        parts.append(f"<h2>{title}</h2>")
-        if by == "of":
-            parts.append("<p>AP is what it would be if this one kind of error were put right and "
-                         "all else stayed; gain is the difference to now. Gains overlap.</p>")
-        for group in dict.fromkeys(row.get(by, "keypoints") for row in rows):
-            head = f"<b>{escape(group.capitalize())}.</b> " if by else ""
-            parts += [f"<p>{head}{escape(CARD[group])}</p>",
-                      table([row for row in rows if row.get(by, "keypoints") == group], by)]
-    speed, images = card["speed"], [row["images"] for row in card["scores"][:2]]
-    parts += [f"<h2>Speed</h2><p>{speed['latency_ms']:.1f} ms for one image; {speed['img_s']:.1f} "
-              f"images a second in batches of {speed['batch']}. From pixels in memory to people, "
-              f"without loading. The whole evaluation, with loading and scoring, took "
-              f"{speed['evaluation_s']:.0f} s.</p>", "<h2>How it was measured</h2>",
-              f"<p>{images[0]} images, {images[0] - images[1]} of them without labeled people; "
-              f"scored by pycocotools</p>"]
-    parts += [f"<p>{escape(k)}: {escape(str(v))}</p>" for k, v in card["protocol"].items()]
-    return html_page(f"AP {card['metrics']['AP']:.3f}: {card['protocol']['weights']}", parts)
+    images, labeled = (row["images"] for row in card["scores"][:2])
+    text = CARD.format(
+        worst=", ".join(f"{row['kind']} ({row['of']}) by {row['gain']:.3f}" for row in gains[:3]),
+        scores=table(card["scores"], "which", "group"), errors=table(card["errors"], "kind", "of"),
+        keypoints=table(card["keypoints"], "keypoint", digits=2),
+        images=images, empty=images - labeled, **card["speed"])
+    protocol = {"scored by": "pycocotools", **card["protocol"]}
+    return html_page(f"AP {card['metrics']['AP']:.3f}: {protocol['weights']}", [
+        text, *(f"<p>{escape(f'{name}: {value}')}</p>" for name, value in protocol.items())])
 
 
 class Log:
