@@ -39,7 +39,7 @@ p,figure{margin:4px 0}.chart,img{display:block;width:100%;height:auto}
 .table{overflow:auto}details .table{max-height:420px}table{border-collapse:collapse;font-size:13px}
 th,td{padding:3px 12px 3px 0;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
 th:first-child,td:first-child{text-align:left}pre{font-size:12px;white-space:pre-wrap}
-@media(max-width:480px){th,td{font-size:10px;padding-right:2px}
+@media(max-width:600px){th,td{font-size:10px;padding-right:2px}
 td:first-child{white-space:normal;overflow-wrap:normal}}
 @media(prefers-color-scheme:dark){body{background:#16191d}}"""
 # Numbers of log.jsonl that the report shows as curves; others beside the loss are its terms.
@@ -103,9 +103,8 @@ def ticks(low: float, high: float, outer: bool = False) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 3))
     step *= max(m for m in (1, 2, 5) if m == 1 or m * step * 3 <= high - low)
     first, last = round(low / step, 6), round(high / step, 6)  # 0.3 / 0.1 is not quite 3
-    numbers = (range(math.floor(first), math.ceil(last) + 1) if outer else
-               range(math.ceil(first), math.floor(last) + 1))
-    return [i * step for i in numbers]
+    down, up = (math.floor, math.ceil) if outer else (math.ceil, math.floor)
+    return [i * step for i in range(down(first), up(last) + 1)]
 
 
 def with_zero(low: float, high: float) -> tuple[float, float]:
@@ -302,8 +301,8 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
         rows.append([run, best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""),
                      lines[-1]["step"], last.get("epoch", ""), last.get("loss", ""),
                      max(line.get("skipped", 0) for line in lines)])
-    parts = [html_table(["run", "best AP", "its OKS", "after epoch", "steps", "epochs", "last loss",
-                         "skipped steps"], rows),
+    header = "run,best AP,its OKS,after epoch,steps,epochs,last loss,skipped steps".split(",")
+    parts = [html_table(header, rows),
              "<p>Curves over optimizer steps; a long one shows means of neighbors.</p>"]
     charts = {heading: "".join(number_chart(runs, name) for name in names) for heading, names in (
         ("Evaluation", EVALUATED), ("Loss", terms), ("Optimizer and machine", PACE))}
@@ -322,17 +321,16 @@ CARD = """<p>AP would rise most if these were put right, each alone: {worst}.</p
 <h2>Average precision</h2><p>AP is 1 if all labeled people are found, nobody else is, and keypoints
 lie on their labels: the mean over ten tolerances; AP50 is the widest, AP75 a narrow one. AR is the
 share of people found. Crowding is the share of other people's keypoints in a person's box: easy to
-0.1, hard above 0.8, as in CrowdPose. Medium people have 32\u00b2 to 96\u00b2 px of the file, large
-ones more.</p>{scores}
-<h2>What goes wrong</h2><p>AP is what it would be if this one kind of error were put right and all
-else stayed; gain is the difference to now. Gains overlap.</p>
-<p>Keypoints: good is as near to the label as people who label agree, jitter a little off, inversion
-on the same person's other side, swap on another person, miss on none of these. Detections: best is
-the one nearest to its person, score is farther but of a higher score, duplicate of a lower one,
-background on nobody. Scores are put right by giving each best its OKS and all others 0, which takes
-the other two out of the way too. People are found if a detection fits them roughly (OKS 0.1).</p>
-{errors}<h2>Keypoints</h2><p>Of found people. OKS is 1 on the label and falls to 0 with distance, by
-the person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
+0.1, hard above 0.8, as in CrowdPose. Size: medium is 32 x 32 to 96 x 96 px of the file.</p>
+{scores}<h2>What goes wrong</h2><p>AP if this one kind of error were put right and all else stayed;
+gain is what that adds. Gains overlap. Keypoints: good is as near to the label as people who label
+agree, jitter a little off, inversion on the person's other side, swap on another person, miss on
+none of these. Detections: best is nearest to its person, score farther but of a higher score,
+duplicate of a lower one, background on nobody. Scores are put right by giving each best its OKS and
+all others 0, which takes these two out of the way too. Found: somebody whom a detection fits at
+least roughly (OKS 0.1).</p>{errors}
+<h2>Keypoints</h2><p>Of found people. OKS is 1 on the label and falls to 0 with distance, by the
+person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
 longer side. Good to miss are shares, and add up to 1.</p>{keypoints}
 <h2>Speed</h2><p>{latency_ms:.1f} ms for one image; {img_s:.1f} images a second in batches of
 {batch}, from pixels in memory to people. The whole evaluation took {evaluation_s:.0f} s.</p>
