@@ -241,8 +241,8 @@ def read_log(folder: str) -> list[dict]:
     with open(path, encoding="utf-8") as f:
         for number, text in enumerate(f, 1):
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                lines.append(dict(json.loads(text)))
+            except (ValueError, TypeError):
                 raise ValueError(f"{path}: line {number} is {text[:40].strip()!r}, expected json; "
                                  f"remove it if it was cut off") from None
     if not lines:

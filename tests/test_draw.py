@@ -255,7 +255,8 @@ def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch):
     made_up_log(tmp_path / "good", 0)
     for name, text, said in (("none", None, "log.jsonl not found; expected a folder"),
                              ("empty", "", "is empty; wait"),
-                             ("cut", '{"step": 5}\n{"step": 1', "line 2 is '{\"step\": 1'")):
+                             ("cut", '{"step": 5}\n{"step": 1', "line 2 is '{\"step\": 1'"),
+                             ("five", "5", "line 1 is '5', expected json")):
         (tmp_path / name).mkdir()
         if text is not None:
             (tmp_path / name / "log.jsonl").write_text(text)
