@@ -16,13 +16,12 @@ asked for; the score of a result is the person score alone; pycocotools does the
 """
 import argparse
 import contextlib
-import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,11 +34,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import nms
 
-from data import (PAD_MODES, CocoPose, Skeleton, check_files, collate, find_split, flatten,
-                  make_loader, read_json, read_skeleton, undo)
+from data import (COCO_EDGES, COCO_NAMES, PAD_MODES, CocoPose, Skeleton, check_files, collate,
+                  find_split, flatten, make_loader, read_json, read_skeleton, undo)
 from draw import card_page, contact_sheet, draw_people, write_text
-from loss import oks
-from model import STRIDES, Decoded, YoloNasPose, decode, read_weights
+from model import SIZES, STRIDES, Decoded, YoloNasPose, decode, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
            "AR", "AR50", "AR75", "AR_medium", "AR_large", "OKS")
@@ -65,33 +63,25 @@ def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
     return kept[nms(boxes[kept].float(), scores[kept].float(), iou)[:post]]
 
 
-def to_coco(image_id: int, category_id: int, scores: np.ndarray, keypoints: np.ndarray,
-            kpt_scores: np.ndarray) -> list[dict]:
-    """Detections of one image as COCO results; keypoints (D, K, 2) in px of the file.
+def to_coco(image_id: int, category_id: int, scores: np.ndarray,
+            keypoints: np.ndarray) -> list[dict]:
+    """Detections of one image as COCO results; scores (D,), keypoints (D, K, 3): x, y, px, a score.
 
-    scores (D,), kpt_scores (D, K). COCO counts pixel indices, hence the 0.5. There is no "bbox" in
-    a result: with one, pycocotools would take its area instead of the pose's.
+    COCO counts pixel indices, hence the 0.5. There is no "bbox" in a result: with one, pycocotools
+    would take its area instead of the pose's.
     """
-    rows = np.concatenate([keypoints - 0.5, kpt_scores[..., None]], axis=-1)      # (D, K, 3)
     return [{"image_id": image_id, "category_id": category_id, "score": float(score),
-             "keypoints": row.ravel().tolist()} for score, row in zip(scores, rows)]
+             "keypoints": (pose - [0.5, 0.5, 0]).ravel().tolist()}
+            for score, pose in zip(scores, keypoints)]
 
 
 def quiet_coco(labels: dict) -> COCO:
     """pycocotools' index of a json that is already read, without its prints."""
     coco = COCO()
     coco.dataset = labels
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         coco.createIndex()
     return coco
-
-
-def from_rank_0(value):
-    """What process 0 gave to this call, on every process."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
 
 
 def gather(value) -> list:
@@ -103,13 +93,12 @@ def gather(value) -> list:
     return found
 
 
-def merge_ranks(by_image: dict[int, list[dict]]) -> dict[int, list[dict]]:
-    """Join every process's {image_id: results}; keyed by image, so that a repeat counts once."""
-    if not dist.is_initialized():
-        return by_image
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, by_image)
-    return {image_id: found for share in shares for image_id, found in share.items()}
+def from_rank_0(value):
+    """What process 0 gave to this call, on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float]) -> COCOeval:
@@ -119,7 +108,7 @@ def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float])
                 empty list: left out, it would not be scored, and AP would look better than it is.
     """
     results = [dict(r) for found in by_image.values() for r in found]  # loadRes adds keys to them
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
+    with contextlib.redirect_stdout(None):  # pycocotools prints as it goes
         if results:
             found = truth.loadRes(results)
         else:  # loadRes fails on an empty list, which is normal in a first epoch
@@ -133,32 +122,46 @@ def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float])
     return scorer
 
 
+def best_oks(scorer: COCOeval) -> dict[int, list[float]]:
+    """{image_id: OKS of each labeled person's best detection}, from score."""
+    best = {}
+    for key, people in scorer._gts.items():
+        values = scorer.ious.get(key, [])  # (D, people), or [] if either is 0
+        best[key[0]] = [float(max(values[:, i])) if len(values) else 0.0
+                        for i, person in enumerate(people) if not person["ignore"]]
+    return best
+
+
 def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
                 sigmas: Sequence[float]) -> dict[str, float]:
-    """The ten COCO keypoint numbers of score; and OKS, the mean over labeled people of their best
-    detection's, which tells more than AP where that is still near 0.
+    """The ten COCO keypoint numbers of score; and OKS, the mean of best_oks, which tells more than
+    AP where that is still near 0.
 
     -1 means that no labeled person is in that class of sizes.
     """
-    scorer, best = score(truth, by_image, sigmas), []
-    for key, people in scorer._gts.items():
-        values = scorer.ious.get(key, [])  # (D, people), or [] if either is 0
-        best += [max(values[:, i]) if len(values) else 0.0
-                 for i, person in enumerate(people) if not person["ignore"]]
+    scorer = score(truth, by_image, sigmas)
+    best = [oks for values in best_oks(scorer).values() for oks in values]
     return dict(zip(METRICS, [*map(float, scorer.stats), float(np.mean(best or [-1]))]))
 
 
-def detect(decoded: Decoded, targets: dict[str, Tensor], category_id: int, conf: float,
+def people_in(out: Decoded, b: int, matrix: np.ndarray, conf: float,
+              iou: float = 0.7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of image b, best first: boxes (D, 4), scores (D,), keypoints (D, K, 3) of x, y and a score.
+
+    matrix (2, 3) is its sample's; boxes and keypoints are in px of the file, continuous.
+    """
+    kept = select(out.boxes[b], out.scores[b], conf, iou)                         # (D,)
+    boxes, scores, xy, kpt_scores = (t[b, kept].double().cpu().numpy() for t in out)
+    boxes = undo(boxes.reshape(-1, 2, 2), matrix).reshape(-1, 4)
+    return boxes, scores, np.concatenate([undo(xy, matrix), kpt_scores[..., None]], -1)
+
+
+def detect(out: Decoded, targets: dict[str, Tensor], category_id: int, conf: float,
            iou: float) -> dict[int, list[dict]]:
     """A batch's detections {image_id: results}, in px of the files."""
-    by_image = {}
-    for b, image_id in enumerate(targets["image_id"].tolist()):
-        kept = select(decoded.boxes[b], decoded.scores[b], conf, iou)
-        keypoints = undo(decoded.keypoints[b, kept].double().cpu().numpy(),
-                         targets["matrix"][b].numpy())
-        by_image[image_id] = to_coco(image_id, category_id, decoded.scores[b, kept].cpu().numpy(),
-                                     keypoints, decoded.kpt_scores[b, kept].cpu().numpy())
-    return by_image
+    ids, matrices = targets["image_id"].tolist(), targets["matrix"].numpy()
+    return {i: to_coco(i, category_id, *people_in(out, b, matrix, conf, iou)[1:])
+            for b, (i, matrix) in enumerate(zip(ids, matrices))}
 
 
 def to_input(images: Tensor, model: nn.Module) -> Tensor:
@@ -215,10 +218,9 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
              bf16: bool = False) -> tuple[dict[str, float], dict[int, list[dict]]]:
     """Metrics of the model (in eval mode) on the loader's images, and its results by image.
 
-    With several processes each brings its share of the images; process 0 scores all of them and
-    tells the others, so that every process takes the same decisions. A network with a mask branch
-    also gets mask_IoU, of all pixels that show somebody, where the loader has masks. flip and bf16
-    are those of look.
+    Each process brings its share of the images; process 0 scores all of them and tells the others,
+    so that all take the same decisions. mask_IoU, of all pixels that show somebody, comes along if
+    network and loader have masks. flip and bf16 are those of look.
     """
     category_id = truth.dataset["categories"][0]["id"]
     by_image, start, pixels = {}, time.monotonic(), torch.zeros(2, dtype=torch.float64)
@@ -230,43 +232,34 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
             found &= targets["mask"] != 2
             pixels += torch.stack([(found & true).sum(), (found | true).sum()])
         if progress:
-            rate = len(by_image) / (time.monotonic() - start)
-            print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
-                  flush=True)
+            done, rate = len(by_image), len(by_image) / (time.monotonic() - start)
+            print(f"\r{done}/{len(loader.dataset)} images  {rate:.1f} img/s", end="", flush=True)
     if progress:
         print()
-    by_image, metrics = merge_ranks(by_image), [None]
-    if dist.is_initialized():
-        dist.all_reduce(pixels)
+    shares, metrics = gather((by_image, pixels)), None
+    by_image = {i: found for share, _ in shares for i, found in share.items()}  # a repeat: once
+    found, either = sum(share for _, share in shares).tolist()
     if not dist.is_initialized() or dist.get_rank() == 0:
-        metrics = [keypoint_ap(truth, by_image, sigmas)]
-        if pixels[1] > 0:
-            metrics[0]["mask_IoU"] = float(pixels[0] / pixels[1])
-    if dist.is_initialized():
-        dist.broadcast_object_list(metrics, src=0)
-    return metrics[0], by_image
+        metrics = keypoint_ap(truth, by_image, sigmas)
+        if either > 0:
+            metrics["mask_IoU"] = found / either
+    return from_rank_0(metrics), by_image
 
 
-@torch.no_grad()
 def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
                  model: nn.Module | None = None) -> list[Image.Image]:
     """Inputs with their labels, or with what a model (in eval mode) sees. keys: (epoch, index).
 
     Of predictions those of score 0.3 or more are drawn.
     """
-    names, edges = dataset.skeleton.names, dataset.skeleton.edges
-    samples = [dataset[key] for key in keys]
-    sheet = [Image.fromarray(sample["image"]) for sample in samples]
-    if model is None:
-        return [draw_people(image, sample["boxes"], sample["keypoints"], names, edges)
-                for image, sample in zip(sheet, samples)]
-    out = decode(model(to_input(collate(samples)[0], model)))
-    pose = torch.cat([out.keypoints, out.kpt_scores[..., None]], -1)                # (B, A, K, 3)
-    for i, image in enumerate(sheet):
-        kept = select(out.boxes[i], out.scores[i], conf=0.3)                        # (D,)
-        boxes, poses, scores = (t[i, kept].cpu().numpy() for t in (out.boxes, pose, out.scores))
-        sheet[i] = draw_people(image, boxes, poses, names, edges, scores)
-    return sheet
+    samples, skeleton = [dataset[key] for key in keys], dataset.skeleton
+    people = [(sample["boxes"], None, sample["keypoints"]) for sample in samples]
+    if model is not None and samples:
+        out, _ = look(model, collate(samples)[0])
+        people = [people_in(out, b, np.eye(2, 3), conf=0.3) for b in range(len(samples))]
+    return [draw_people(Image.fromarray(sample["image"]), boxes, keypoints, skeleton.names,
+                        skeleton.edges, scores)
+            for sample, (boxes, scores, keypoints) in zip(samples, people)]
 
 
 def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
@@ -275,51 +268,31 @@ def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
     contact_sheet(draw_samples(dataset, keys[:16], model)).save(path, quality=90)
 
 
-def best_oks(people: list[dict], found: list[dict], sigmas: Sequence[float]) -> list[float]:
-    """For each labeled person of an image the OKS of its best detection.
-
-    people are annotations of a json, found results of to_coco.
-    """
-    people = [p for p in people if p["num_keypoints"] and not p["iscrowd"]]
-    if not people or not found:
-        return [0.0] * len(people)
-    true, pred = (torch.tensor([r["keypoints"] for r in rows], dtype=torch.float64).reshape(
-        len(rows), -1, 3) for rows in (people, found))                            # (., K, 3)
-    area = torch.tensor([p["area"] for p in people], dtype=torch.float64)         # (M,)
-    pairs = oks(pred[:, None, :, :2], true[..., :2], true[..., 2] > 0, area,
-                torch.tensor(sigmas, dtype=torch.float64))                        # (D, M)
-    return pairs.amax(0).tolist()
-
-
 def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[int, list[dict]],
              most: int = 500) -> list[tuple[str, Image.Image]]:
     """Three images each where the model is worst, best and between: captions and pictures.
 
-    A picture has labels on the left and predictions on the right. by_image is evaluate's. What
-    ranks an image is the mean of best_oks. At most `most` are ranked, evenly spread over those
-    with a labeled person, so that the cost does not grow with the set.
+    A picture has labels on the left and predictions on the right. Images with a labeled person
+    are ranked by the mean of best_oks, at most `most`, evenly spread. by_image is evaluate's.
     """
-    ranked = []
-    ids = [(i, n) for i, n in enumerate(dataset.annotations.ids.tolist()) if any(
-        p["num_keypoints"] and not p["iscrowd"] for p in truth.imgToAnns[n])]
-    for i, image_id in ids[::math.ceil(len(ids) / most) or 1]:
-        values = best_oks(truth.imgToAnns[image_id], by_image[image_id], dataset.skeleton.sigmas)
-        ranked.append((sum(values) / len(values), i))
-    ranked.sort()
+    index = {n: i for i, n in enumerate(dataset.annotations.ids.tolist()) if any(
+        p["num_keypoints"] and not p["iscrowd"] for p in truth.imgToAnns[n])}
+    part = {n: by_image[n] for n in list(index)[::math.ceil(len(index) / most) or 1]}
+    oks = best_oks(score(truth, part, dataset.skeleton.sigmas)) if part else {}
+    ranked = sorted((float(np.mean(values)), index[n]) for n, values in oks.items() if values)
     each = min(3, math.ceil(len(ranked) / 3))
-    middle, names = (len(ranked) - each) // 2, {}
-    for name, part in (("worst", ranked[:each]), ("best", ranked[-each:]),
-                       ("median", ranked[middle:middle + each])):
-        for _, i in part:
-            names.setdefault(i, name)
-    chosen = [(i, value) for value, i in ranked if i in names]
-    keys = [(0, i) for i, _ in chosen]
-    pairs = zip(draw_samples(dataset, keys), draw_samples(dataset, keys, model)) if keys else ()
-    pictures, s = [contact_sheet(list(pair), 2) for pair in pairs], dataset.size
-    for picture in pictures:
-        picture.paste("white", (s - 1, 0, s + 1, s))  # between the two
-    return [(f"{names[i]}: OKS {value:.2f}, {dataset.annotations.files[i]}", picture)
-            for (i, value), picture in zip(chosen, pictures)]
+    middle = (len(ranked) - each) // 2
+    names = (dict.fromkeys(ranked[middle:middle + each], "median")
+             | dict.fromkeys(ranked[-each:], "best") | dict.fromkeys(ranked[:each], "worst"))
+    chosen, side = sorted(names), dataset.size
+    keys, pictures = [(0, i) for _, i in chosen], []
+    for (value, i), *pair in zip(chosen, draw_samples(dataset, keys),
+                                 draw_samples(dataset, keys, model)):
+        picture = contact_sheet(pair, 2)
+        picture.paste("white", (side - 1, 0, side + 1, side))  # between the two
+        caption = f"{names[value, i]}: OKS {value:.2f}, {dataset.annotations.files[i]}"
+        pictures.append((caption, picture))
+    return pictures
 
 
 def val_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list:
@@ -401,20 +374,20 @@ def put_right(case: Case, error: str) -> list[dict]:
     A keypoint moves onto its label; the score becomes the OKS of people's best and 0 for the rest;
     duplicates and inventions go; missed people are there, with score 1.
     """
-    results = [dict(r) for r in case.results]
     if error == "missed":
-        return results + [{name: p[name] for name in ("image_id", "category_id", "keypoints")}
-                          | {"score": 1.0} for m, p in enumerate(case.people)
-                          if m not in case.pairs[:, 1]]
+        return case.results + [
+            {name: p[name] for name in ("image_id", "category_id", "keypoints")} | {"score": 1.0}
+            for m, p in enumerate(case.people) if m not in case.pairs[:, 1]]
     if error == "score":
         best = dict(zip(case.pairs[:, 0].tolist(), case.oks.tolist()))
-        return [r | {"score": best.get(d, 0.0)} for d, r in enumerate(results)]
+        return [r | {"score": best.get(d, 0.0)} for d, r in enumerate(case.results)]
     if error in KINDS:
-        return [r for r, kind in zip(results, case.kinds) if kind != error]
-    wrong = case.told[KEYPOINT_NUMBERS.index(error)] > 0                          # (P, K)
+        return [r for r, kind in zip(case.results, case.kinds) if kind != error]
+    results, wrong = list(case.results), case.told[KEYPOINT_NUMBERS.index(error)] > 0   # (P, K)
     for (d, m), rows in zip(case.pairs, wrong):
         pose, label = (np.reshape(x["keypoints"], (-1, 3)) for x in (results[d], case.people[m]))
-        results[d]["keypoints"] = np.where(rows[:, None], label, pose).ravel().tolist()
+        pose = np.where(rows[:, None], label, pose)                               # (K, 3)
+        results[d] = results[d] | {"keypoints": pose.ravel().tolist()}
     return results
 
 
@@ -447,27 +420,24 @@ def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) 
         pairs = np.reshape(scorer.ious[key], (len(results), len(anns)))           # OKS
         cases[i] = diagnose(results, [a for a in anns if not a["ignore"]],
                             pairs[:, ignored].max(1, initial=0), skeleton)
-    number = {i: len(case.people) for i, case in cases.items()}
-    crowding = {i: crowd_index(case.people) for i, case in cases.items() if case.people}
-    groups = [("images", "all", list(cases)), ("images", "with labeled people", list(crowding))]
-    for group, values in (("people in the image", number), ("crowding", crowding)):
-        groups += [(group, name, [i for i, value in values.items() if low < value <= high])
-                   for name, low, high in GROUPS[group]]
-    scores = []
-    for group, name, ids in groups:
-        part = {i: by_image[i] for i in ids}
-        stats = (scorer.stats if len(part) == len(cases) else
-                 score(truth, part, skeleton.sigmas).stats if part else len(METRICS) * [-1])
-        scores.append({"group": group, "which": name, "images": len(ids),
-                       "people": sum(number[i] for i in ids)} | {
-            metric: float(stats[METRICS.index(metric)]) for metric in ("AP", "AP50", "AP75", "AR")})
+    values = {"people in the image": {i: len(case.people) for i, case in cases.items()},
+              "crowding": {i: crowd_index(c.people) for i, c in cases.items() if c.people}}
+    groups = [("images", "all", list(cases)),
+              ("images", "with labeled people", list(values["crowding"]))]
+    groups += [(group, name, [i for i, value in values[group].items() if low < value <= high])
+               for group, classes in GROUPS.items() for name, low, high in classes]
+    stats = [keypoint_ap(truth, {i: by_image[i] for i in ids}, skeleton.sigmas) if ids else
+             dict.fromkeys(METRICS, -1.0) for *_, ids in groups]
+    scores = [{"group": group, "which": name, "images": len(ids),
+               "people": sum(len(cases[i].people) for i in ids)}
+              | {metric: part[metric] for metric in ("AP", "AP50", "AP75", "AR")}
+              for (group, name, ids), part in zip(groups, stats)]
     areas = np.array([p["area"] for case in cases.values() for p in case.people])
     for name, low, high in (("medium", 32, 96), ("large", 96, 1e5)):
         inside = (areas >= low ** 2) & (areas <= high ** 2)
-        scores.append({"group": "size", "which": name, "people": int(inside.sum())} | {
-            metric: float(scorer.stats[METRICS.index(f"{metric}_{name}")])
-            for metric in ("AP", "AR")})
-    return {"scores": scores} | count_errors(truth, cases, float(scorer.stats[0]), skeleton)
+        scores.append({"group": "size", "which": name, "people": int(inside.sum())}
+                      | {metric: stats[0][f"{metric}_{name}"] for metric in ("AP", "AR")})
+    return {"scores": scores} | count_errors(truth, cases, stats[0]["AP"], skeleton)
 
 
 def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skeleton) -> dict:
@@ -490,122 +460,134 @@ def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skele
                    "share": float(n / max(sum(tally.values()), 1))}
             if name not in ("good", "best", "found"):
                 fixed = {i: put_right(case, name) for i, case in cases.items()}
-                row["AP"] = float(score(truth, fixed, skeleton.sigmas).stats[0])
+                row["AP"] = keypoint_ap(truth, fixed, skeleton.sigmas)["AP"]
                 row["gain"] = row["AP"] - ap
             errors.append(row)
     return {"keypoints": keypoints, "errors": errors}
 
 
-@torch.no_grad()
-def speed(model: nn.Module, images: Tensor, conf: float, iou: float, flip: list[int] | None,
-          bf16: bool) -> float:
-    """Seconds from images (B, 3, S, S) uint8 in memory to detections: the median of ten calls."""
-    seconds = []
-    for _ in range(13):  # three to warm up
+def seconds(call: Callable, rounds: int = 10) -> float:
+    """How long a call takes: the median of `rounds`, after three to warm up."""
+    times = []
+    for _ in range(3 + rounds):
         start = time.perf_counter()
-        out, _ = look(model, images, flip, bf16)
-        for boxes, scores in zip(out.boxes, out.scores):
-            select(boxes, scores, conf, iou).cpu()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[3:]))
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[3:]))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--data", metavar="DIR",
-                   help="COCO root: annotations/person_keypoints_SPLIT.json and SPLIT/")
-    p.add_argument("--json", metavar="FILE", help="labels, with --images instead of --data")
-    p.add_argument("--images", metavar="DIR")
-    p.add_argument("--weights", required=True, metavar="FILE",
-                   help="checkpoint of train.py, or an official one")
-    p.add_argument("--split", default="val2017", help="default: val2017")
-    p.add_argument("--model", choices=["n", "s", "m", "l"], help="for an official checkpoint")
-    p.add_argument("--image-size", type=int, help="px; default: the checkpoint's, else 640")
-    p.add_argument("--pad", choices=PAD_MODES, help="default: the checkpoint's, else bottom_right")
-    p.add_argument("--batch-size", type=int, default=16, help="images at a time; default: 16")
-    p.add_argument("--workers", type=int, default=2, help="loader processes; default: 2")
-    p.add_argument("--conf", type=float, default=0.01, help="smallest person score; default: 0.01")
-    p.add_argument("--iou", type=float, default=0.7,
-                   help="NMS: largest overlap of two people; default: 0.7")
-    p.add_argument("--flip-test", action="store_true",
-                   help="join what is seen in each image and its mirror image; twice as slow")
-    p.add_argument("--amp", choices=["no", "bf16"], default="no", help="autocast; default: no")
-    p.add_argument("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
-    p.add_argument("--metrics", metavar="FILE", help="write the ten numbers as json")
-    p.add_argument("--results", metavar="FILE", help="write the detections as COCO results")
-    p.add_argument("--card", metavar="FILE.html", help="write what is right and wrong with the "
-                   "detections, and why AP is what it is, as a page; its numbers as FILE.json")
-    args = p.parse_args(argv)
-    if not args.data and not (args.json and args.images):
-        p.error("give --data DIR, or --json FILE and --images DIR")
-    if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
-        p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
-    if args.batch_size < 1 or args.workers < 0:
-        p.error("--batch-size must be positive, --workers 0 or more")
-    if args.card and not args.card.endswith(".html"):
-        p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")
-    if args.card and args.card[:-4] + "json" in (args.metrics, args.results):
-        p.error(f"--card writes its numbers to {args.card[:-4]}json; choose another name")
-    for path in filter(None, (args.metrics, args.results, args.card)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            p.error(f"{path}: there is no folder {os.path.dirname(path)}")
-    return args
+def load_model(path: str, size: str | None = None, image_size: int | None = None,
+               pad: str | None = None) -> tuple[YoloNasPose, dict]:
+    """The network of a checkpoint with its weights in eval mode, and the checkpoint's other parts:
+    always skeleton (a Skeleton's fields), image_size (px) and pad, the file's if not given here.
 
-
-def load_model(path: str, size: str | None = None) -> tuple[YoloNasPose, dict]:
-    """The network of a checkpoint with its weights in eval mode, and the checkpoint's other parts.
-
-    size is needed for official files, which do not name theirs. Raises ValueError.
+    size is needed for official files, which do not name theirs; these know COCO's keypoints.
+    Raises OSError and ValueError.
     """
     state, file = read_weights(path)
     if file.get("format") != "nanopose":
         if size is None:
             raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l")
-        file = {"args": {"model": size}}
+        file = {"args": {"model": size}, "skeleton": read_skeleton({"categories": [
+            {"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}]})._asdict()}
     try:
-        k = state["heads.head1.pose_pred.bias"].shape[0] // 2
-        model = YoloNasPose(file["args"]["model"], k, mask="mask.1.bias" in state)
+        args, names = file["args"], file["skeleton"]["names"]
+        model = YoloNasPose(args["model"], len(names), mask="mask.1.bias" in state)
         model.load_state_dict(state)
     except (LookupError, RuntimeError) as error:
         raise ValueError(f"{path} holds another network, or another size of it: "
                          f"{str(error).splitlines()[0]}") from None
+    file["image_size"] = image_size or args.get("image_size", 640)
+    file["pad"] = pad or args.get("val_pad", "bottom_right")
     return model.eval(), file
 
 
-def input_of(file: dict) -> tuple[int, str]:
-    """Image size in px and padding that a checkpoint was trained for; official: 640, corner."""
-    return file["args"].get("image_size", 640), file["args"].get("val_pad", "bottom_right")
+def open_split(path: str, folder: str, file: dict,
+               masks: bool = False) -> tuple[CocoPose, dict]:
+    """The images of a json as the network of load_model's file wants them, and the labels.
+
+    masks: with people's pixels, if there are any. Raises OSError and ValueError.
+    """
+    labels, skeleton = read_json(path), Skeleton(**file["skeleton"])
+    names = labels["categories"][0]["keypoints"]
+    if names != skeleton.names:
+        raise ValueError(f"the network knows the keypoints {skeleton.names}, {path} has {names}; "
+                         f"they must be the same")
+    masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])
+    annotations = flatten(labels, masks=masks)
+    check_files(annotations.files, folder)
+    return CocoPose(annotations, folder, skeleton, file["image_size"], file["pad"]), labels
+
+
+def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch_size: int,
+          *written: str) -> argparse.Namespace:
+    """Read a command line with the flags that p has, and those of all who look at images.
+
+    conf and batch_size are defaults, written the flags that name files to write. Exits with code 2
+    and one line of advice if a value cannot work.
+    """
+    add = p.add_argument
+    add("--weights", required=True, metavar="FILE", help="of train.py, or official")
+    add("--model", choices=[*SIZES], help="for an official checkpoint")
+    add("--image-size", type=int, help="px; default: the checkpoint's, else 640")
+    add("--pad", choices=PAD_MODES, help="default: the checkpoint's, else bottom_right")
+    add("--batch-size", type=int, default=batch_size, help="images at a time; default: %(default)s")
+    add("--conf", type=float, default=conf, help="smallest person score; default: %(default)s")
+    add("--iou", type=float, default=0.7, help="NMS: largest overlap; default: %(default)s")
+    args = p.parse_args(argv)
+    if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
+        p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
+    if args.batch_size < 1 or not (0 <= args.conf <= 1 and 0 <= args.iou <= 1):
+        p.error("--batch-size must be positive, --conf and --iou in 0 to 1")
+    for path in filter(None, (getattr(args, name) for name in written)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            p.error(f"{path}: there is no folder {os.path.dirname(path)}")
+    return args
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this file; as parse."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--data", metavar="DIR", help="with annotations/person_keypoints_SPLIT.json and SPLIT/")
+    add("--split", default="val2017", help="default: %(default)s")
+    add("--json", metavar="FILE", help="labels, with --images instead of --data")
+    add("--images", metavar="DIR")
+    add("--workers", type=int, default=2, help="loader processes; default: %(default)s")
+    add("--flip-test", action="store_true", help="see mirror images too, and join; twice as slow")
+    add("--amp", choices=["no", "bf16"], default="no", help="autocast; default: %(default)s")
+    add("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
+    add("--metrics", metavar="FILE", help="write the ten numbers as json")
+    add("--results", metavar="FILE", help="write the detections as COCO results")
+    add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
+        "detections, and why AP is what it is; its numbers as FILE.json")
+    args = parse(p, argv, 0.01, 16, "metrics", "results", "card")
+    if not args.data and not (args.json and args.images):
+        p.error("give --data DIR, or --json FILE and --images DIR")
+    if args.card and not args.card.endswith(".html"):
+        p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")
+    if args.card and args.card[:-4] + "json" in (args.metrics, args.results):
+        p.error(f"--card writes its numbers to {args.card[:-4]}json; choose another name")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model, file = load_model(args.weights, args.model)
+        model, file = load_model(args.weights, args.model, args.image_size, args.pad)
         path, folder = (args.json, args.images) if args.json else find_split(args.data, args.split)
-        labels = read_json(path)
-        skeleton = Skeleton(**file["skeleton"]) if "skeleton" in file else read_skeleton(labels)
-        names = labels["categories"][0]["keypoints"]
-        if names != skeleton.names or len(names) != model.num_keypoints:
-            raise ValueError(f"{args.weights} predicts {model.num_keypoints} keypoints "
-                             f"{skeleton.names}, the data has {names}; they must be the same")
-        size, pad = input_of(file)
-        size, pad = args.image_size or size, args.pad or pad
-        masks = model.mask is not None and any(a.get("segmentation") for a in labels["annotations"])
-        annotations = flatten(labels, masks=masks)
-        check_files(annotations.files, folder)
-        dataset = CocoPose(annotations, folder, skeleton, size, pad)
+        dataset, labels = open_split(path, folder, file, masks=model.mask is not None)
         loader = make_loader(dataset, val_batches(len(dataset), args.batch_size), args.workers,
                              device)
-        print(f"{len(dataset)} images, {size} px, {pad}, conf {args.conf}, NMS {args.iou}, at most "
-              f"20 detections an image")
+        print(f"{len(dataset)} images, {dataset.size} px, {dataset.pad}, conf {args.conf}, NMS "
+              f"{args.iou}, at most 20 detections an image")
         model, truth = (model.fuse() if args.fuse else model).to(device), quiet_coco(labels)
+        skeleton, start = dataset.skeleton, time.monotonic()
         how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
-        start = time.monotonic()
         metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
                                      True, *how)
-        seconds = time.monotonic() - start
+        took = time.monotonic() - start
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
@@ -616,18 +598,20 @@ def main() -> None:
         write_text(args.results, json.dumps([r for found in by_image.values() for r in found]))
     if args.card:
         print(f"diagnosing for {args.card}: about a dozen times the scoring", flush=True)
-        batch = collate([dataset[0, i] for i in range(min(args.batch_size, len(dataset)))])[0]
-        one, many = (speed(model, images, args.conf, args.iou, *how)
-                     for images in (batch[:1], batch))
+        many = min(args.batch_size, len(dataset))
+        batches = [collate([dataset[0, i] for i in range(n)]) for n in (1, many)]
+        latency, of_many = (seconds(lambda: detect(look(model, images, *how)[0], targets, 1,
+                                                   args.conf, args.iou))
+                            for images, targets in batches)
         card = {"protocol": {
-            "weights": args.weights, "labels": path, "image size": f"{size} px", "padding": pad,
-            "smallest score": args.conf, "NMS overlap": args.iou, "most detections an image": 20,
-            "flip test": args.flip_test, "autocast": args.amp, "fused": args.fuse,
-            "device": torch.cuda.get_device_name() if device.type == "cuda"
+            "weights": args.weights, "labels": path, "image size": f"{dataset.size} px",
+            "padding": dataset.pad, "smallest score": args.conf, "NMS overlap": args.iou,
+            "most detections an image": 20, "flip test": args.flip_test, "autocast": args.amp,
+            "fused": args.fuse, "device": torch.cuda.get_device_name() if device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__},
             "metrics": metrics, **make_card(truth, by_image, skeleton),
-            "speed": {"latency_ms": 1000 * one, "batch": len(batch), "img_s": len(batch) / many,
-                      "evaluation_s": seconds}}
+            "speed": {"latency_ms": 1000 * latency, "batch": many, "img_s": many / of_many,
+                      "evaluation_s": took}}
         write_text(args.card[:-4] + "json", json.dumps(card, indent=1))
         write_text(args.card, card_page(card))
 

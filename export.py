@@ -29,17 +29,16 @@ import json
 import os
 import sys
 import tempfile
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import (BODY_SHARE_OF_BOX, COCO_EDGES, COCO_NAMES, CocoPose, Skeleton, check_files,
-                  collate, find_split, flatten, read_json, read_skeleton)
-from evaluate import detect, input_of, keypoint_ap, load_model, quiet_coco, select, val_batches
-from model import Decoded, decode
+from data import BODY_SHARE_OF_BOX, CocoPose, collate, find_split
+from evaluate import (detect, keypoint_ap, load_model, open_split, quiet_coco, seconds, select,
+                      val_batches)
+from model import SIZES, Decoded, decode
 
 LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
 TOLERANCE = 0.004, 0.01   # cost of a part in int8: 1 - OKS, difference of the person score
@@ -169,28 +168,6 @@ def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> N
     quantize(path, out, images, kept)
 
 
-def speeds(paths: list[str], image: Tensor, rounds: int = 25) -> list[float]:
-    """Median seconds of each file for one image on one thread, taken in turns."""
-    runs = [open_file(path, threads=1) for path in paths]
-    seconds = np.zeros((rounds, len(runs)))
-    for i, j in np.ndindex(seconds.shape):
-        start = time.perf_counter()
-        runs[j](image)
-        seconds[i, j] = time.perf_counter() - start
-    return np.median(seconds[2:], axis=0).tolist()
-
-
-def open_split(data: str, split: str, file: dict, size: int) -> tuple[CocoPose, dict]:
-    """The images of a split as evaluate.py sees them, and its labels."""
-    path, folder = find_split(data, split)
-    labels = read_json(path)
-    annotations, skeleton = flatten(labels), Skeleton(**file["skeleton"])
-    check_files(annotations.files, folder)
-    if labels["categories"][0]["keypoints"] != skeleton.names:
-        raise ValueError(f"{path} names other keypoints than the weights; they must be the same")
-    return CocoPose(annotations, folder, skeleton, size, input_of(file)[1]), labels
-
-
 def pixels(dataset: CocoPose, count: int) -> list[Tensor]:
     """The first images of a set, (1, 3, S, S) uint8 each."""
     return [collate([dataset[0, i]])[0] for i in range(min(count, len(dataset)))]
@@ -200,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--weights", required=True, metavar="FILE", help="of train.py, or official")
-    p.add_argument("--model", choices=["n", "s", "m", "l"], help="for an official checkpoint")
+    p.add_argument("--model", choices=[*SIZES], help="for an official checkpoint")
     p.add_argument("--format", required=True, choices=["onnx", "pt2"])
     p.add_argument("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
     p.add_argument("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
@@ -227,43 +204,40 @@ def main() -> None:
     args = parse_args()
     try:
         model, file = load_model(args.weights, args.model)
-        file.setdefault("skeleton", read_skeleton({"categories": [
-            {"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}]})._asdict())
-        size, pad = input_of(file)
-        sizes, images = (size, max(size * 3 // 4 // 32 * 32, 64)), []
-        for side in sizes:  # batches of 1, 1, 3, 3, ...
-            if args.data:
-                one = pixels(open_split(args.data, args.split, file, side)[0], 20)
-            else:
-                one = list(torch.randint(256, (20, 1, 3, side, side), dtype=torch.uint8))
-            images += one[:2] + [torch.cat(one[i:i + 3]) for i in range(2, len(one), 3)]
+        size = file["image_size"]
+        if args.data:
+            val_set, labels = open_split(*find_split(args.data, args.split), file)
+        some = pixels(val_set, 20) if args.data else list(
+            torch.randint(256, (20, 1, 3, size, size), dtype=torch.uint8))
         if args.int8:
-            val_set, labels = open_split(args.data, args.split, file, size)
-            train_set, _ = open_split(args.data, args.train_split, file, size)
+            train_set, _ = open_split(*find_split(args.data, args.train_split), file)
         folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
-    meta = {**file["skeleton"], "image_size": size, "pad": pad, "conf": 0.01, "iou": 0.7,
+    sides, images = (size, max(size * 3 // 4 // 32 * 32, 64)), []
+    for side in sides:  # batches of 1, 1, 3, 3, ...
+        part = [image[..., :side, :side] for image in some]
+        images += part[:2] + [torch.cat(part[i:i + 3]) for i in range(2, len(part), 3)]
+    meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": 0.01, "iou": 0.7,
             "pre": 300, "post": 20}
     with folder:
         written = os.path.join(folder.name, f"float.{args.format}")
         write(model.fuse(), written, meta)
-        eager = Exported(model)
-        px, score = largest_difference(lambda x: eager(x), open_file(written), images)
+        px, score = largest_difference(Exported(model), open_file(written), images)
         print(f"largest difference from PyTorch: {px:.1e} px, {score:.1e} in scores; "
-              f"{'images' if args.data else 'noise'} of {sizes[0]} and {sizes[1]} px, "
+              f"{'images' if args.data else 'noise'} of {sides[0]} and {sides[1]} px, "
               f"batches of 1 and 3")
         if not (px <= LARGEST[0] and score <= LARGEST[1]):
             sys.exit(f"export.py: more than {LARGEST[0]} px or {LARGEST[1]}, so nothing is written")
         if args.int8:
-            small = os.path.join(folder.name, "int8.onnx")
-            to_int8(written, small, pixels(train_set, 32), file["skeleton"]["sigmas"])
-            seconds = speeds([written, small], images[0])
-            for path, s in zip((written, small), seconds):
-                ap = average_precision(open_file(path), val_set, labels)
-                print(f"{os.path.basename(path):12} AP {ap:.4f}  {os.path.getsize(path) / 1e6:.2f} "
-                      f"MB  {1 / s:.1f} img/s on one thread")
-            written = small
+            files = [written, os.path.join(folder.name, "int8.onnx")]
+            to_int8(*files, pixels(train_set, 32), file["skeleton"]["sigmas"])
+            for written in files:
+                ap = average_precision(open_file(written), val_set, labels)
+                run = open_file(written, threads=1)
+                print(f"{os.path.basename(written):12} AP {ap:.4f}  "
+                      f"{os.path.getsize(written) / 1e6:.2f} MB  "
+                      f"{1 / seconds(lambda: run(some[0])):.1f} img/s on one thread")
         os.replace(written, args.out)
     print(f"{args.out}  {os.path.getsize(args.out) / 1e6:.1f} MB")
 

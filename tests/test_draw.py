@@ -23,7 +23,7 @@ import evaluate
 from data import COCO_SIGMAS, CocoPose, flatten, read_json, read_skeleton
 from draw import (Log, html_image, html_page, html_table, report_page, svg_chart, svg_column, thin,
                   ticks)
-from evaluate import best_oks, extremes, keypoint_ap, quiet_coco
+from evaluate import best_oks, extremes, keypoint_ap, quiet_coco, score
 from model import YoloNasPose
 from people import draw_dataset
 from test_evaluate import coco_file, detections
@@ -293,16 +293,21 @@ def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
 
 
 def test_the_oks_that_ranks_images_is_the_metrics():
-    """Person by person, on the reference's detections: their mean is keypoint_ap's OKS."""
+    """Image by image, on the reference's detections: their mean is keypoint_ap's OKS."""
     dump = np.load(Path(__file__).parent / "metric.npz")
     labels = coco_file(dump["gt"])
     by_image = detections(dump["dt"], [image["id"] for image in labels["images"]])
     truth = quiet_coco(labels)
-    values = [value for n, found in by_image.items()
-              for value in best_oks(truth.imgToAnns[n], found, COCO_SIGMAS)]
-    assert np.mean(values) == pytest.approx(keypoint_ap(truth, by_image, COCO_SIGMAS)["OKS"],
-                                            abs=1e-6)
-    assert best_oks(labels["annotations"][:1], [], COCO_SIGMAS) == [0.0]
+    by_image[0] = []
+    best = best_oks(score(truth, by_image, COCO_SIGMAS))
+    labeled = {n: [p for p in truth.imgToAnns[n] if p["num_keypoints"] and not p["iscrowd"]]
+               for n in by_image}
+    assert {n: len(values) for n, values in best.items() if values} == {
+        n: len(people) for n, people in labeled.items() if people}
+    assert labeled[0] and not any(best[0])
+    for n, values in best.items():
+        alone = keypoint_ap(truth, {n: by_image[n]}, COCO_SIGMAS)["OKS"]
+        assert alone == pytest.approx(np.mean(values or [-1]), abs=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -319,14 +324,16 @@ def test_the_worst_median_and_best_images_are_found_and_few_are_opened(people, m
     truth, moved = quiet_coco(labels), {}
     for n, image in enumerate(sorted(image["id"] for image in labels["images"])):
         xyv = [np.reshape(a["keypoints"], (-1, 3)) + [n, 0, 0] for a in truth.imgToAnns[image]]
-        moved[image] = [{"keypoints": p.ravel().tolist(), "score": 1.0} for p in xyv]
+        moved[image] = [{"image_id": image, "category_id": 1, "keypoints": p.ravel().tolist(),
+                         "score": 1.0} for p in xyv]
     shown = [i for i, n in enumerate(dataset.annotations.ids.tolist()) if truth.imgToAnns[n]]
     assert len(shown) >= 10
     opened, ranked = [], []
-    real, real_oks = CocoPose.__getitem__, evaluate.best_oks
+    real, real_score = CocoPose.__getitem__, evaluate.score
     monkeypatch.setattr(CocoPose, "__getitem__",
                         lambda self, key: opened.append(key) or real(self, key))
-    monkeypatch.setattr(evaluate, "best_oks", lambda *a: ranked.append(1) or real_oks(*a))
+    monkeypatch.setattr(evaluate, "score", lambda truth, by_image, sigmas: ranked.extend(by_image)
+                        or real_score(truth, by_image, sigmas))
     model = YoloNasPose("n").eval()
 
     def state() -> list[str]:  # of all that a report might disturb

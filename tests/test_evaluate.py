@@ -40,9 +40,9 @@ def coco_file(gt: np.ndarray) -> dict:
 
 def detections(dt: np.ndarray, images: list) -> dict:
     """Rows image, score, 17 x (x, y, v) through to_coco."""
-    return {i: to_coco(i, 1, dt[dt[:, 0] == i, 1],
-                       dt[dt[:, 0] == i, 2:].reshape(-1, 17, 3)[..., :2] + 0.5,
-                       np.ones((int((dt[:, 0] == i).sum()), 17))) for i in images}
+    shift = [0.5, 0.5, 0]
+    return {i: to_coco(i, 1, dt[dt[:, 0] == i, 1], dt[dt[:, 0] == i, 2:].reshape(-1, 17, 3) + shift)
+            for i in images}
 
 
 def test_ap_is_that_of_pycocotools_on_the_same_files(tmp_path):
@@ -121,9 +121,9 @@ def test_labels_that_enter_after_nms_score_one(drawn, pad, size):
             _, targets = collate([dataset[key]])
             people = targets["keypoints"][0]
             people = people[(people[..., 2] > 0).any(-1) & ~targets["crowd"][0]].double().numpy()
-            xy = undo(people[..., :2], targets["matrix"][0].numpy())
+            people[..., :2] = undo(people[..., :2], targets["matrix"][0].numpy())
             image_id = int(targets["image_id"])
-            by_image[image_id] = to_coco(image_id, 1, np.ones(len(people)), xy, people[..., 2])
+            by_image[image_id] = to_coco(image_id, 1, np.ones(len(people)), people)
         assert keypoint_ap(quiet_coco(labels), by_image, COCO_SIGMAS)["AP"] >= 1 - 1e-9
 
 
