@@ -37,7 +37,7 @@ from torchvision.ops import nms
 from data import (COCO_EDGES, COCO_NAMES, PAD_MODES, CocoPose, Skeleton, check_files, collate,
                   find_split, flatten, make_loader, read_json, read_skeleton, undo)
 from draw import card_page, contact_sheet, draw_people, write_text
-from model import SIZES, STRIDES, Decoded, YoloNasPose, decode, read_weights
+from model import SIZES, Decoded, YoloNasPose, decode, make_anchors, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
            "AR", "AR50", "AR75", "AR_medium", "AR_large", "OKS")
@@ -176,10 +176,9 @@ def mirror(out: Decoded, height: int, width: int, flip: list[int]) -> Decoded:
     Sides are multiples of 32 px, so every cell has a twin: anchors change places with theirs, and
     keypoints with those of the other side (Skeleton.flip).
     """
-    sides = [(height // s, width // s) for s in STRIDES]
-    levels = torch.arange(out.scores.shape[1]).split([h * w for h, w in sides])
-    twin = torch.cat([level.view(side).flip(1).flatten()
-                      for level, side in zip(levels, sides)])                     # (A,)
+    centers, strides = make_anchors(height, width, out.scores.device)             # (A, 2), (A, 1)
+    cells = (width - 2 * centers[:, 0]) / strides[:, 0]  # from each to its twin, in its row
+    twin = torch.arange(len(cells), device=cells.device) + cells.long()           # (A,)
     boxes, scores, keypoints, kpt_scores = (t[:, twin] for t in out)
     x1, y1, x2, y2 = boxes.unbind(-1)
     x, y = keypoints[:, :, flip].unbind(-1)
@@ -192,22 +191,22 @@ def look(model: nn.Module, images: Tensor, flip: list[int] | None = None,
          bf16: bool = False) -> tuple[Decoded, Tensor | None]:
     """Images (B, 3, S, S) uint8 decoded, before any threshold; and logits of people's pixels.
 
-    flip is Skeleton.flip for the flip test: an anchor's box and keypoints are the mean of what the
-    network says of the image and of its mirror image, each weighed by its score; its score is the
-    larger, as a person is often seen by one anchor here and by its neighbor there. bf16 runs the
-    network under autocast; decoding is float32.
+    flip is Skeleton.flip for the flip test: box and keypoints are the mean of image and mirror
+    image, each weighed by its score; the score is the larger, as a person is often seen by one
+    anchor here and by its neighbor there. bf16 is autocast for the network; decoding is float32.
     """
-    images = to_input(images, model)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        raws = [model(images)] + ([model(images.flip(3))] if flip else [])
-    out, mask = decode(raws[0]), raws[0].mask_logits
+    x = to_input(images, model)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        raw = model(x)
+    out, mask = decode(raw), raw.mask_logits
     if flip:
-        twin = mirror(decode(raws[1]), *images.shape[2:], flip)
+        twin, twin_mask = look(model, images.flip(3), bf16=bf16)
+        twin = mirror(twin, *images.shape[2:], flip)
         share = out.scores / (out.scores + twin.scores).clamp(min=1e-30)          # (B, A)
         mean = (b + (a - b) * share.view(*share.shape, *[1] * (a.ndim - 2))
                 for a, b in zip(out, twin))
         out = Decoded(*mean)._replace(scores=torch.maximum(out.scores, twin.scores))
-        mask = None if mask is None else (mask + raws[1].mask_logits.flip(2)) / 2
+        mask = None if mask is None else (mask + twin_mask.flip(2)) / 2
     return out, mask
 
 
@@ -466,10 +465,10 @@ def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skele
     return {"keypoints": keypoints, "errors": errors}
 
 
-def seconds(call: Callable, rounds: int = 10) -> float:
-    """How long a call takes: the median of `rounds`, after three to warm up."""
+def seconds(call: Callable) -> float:
+    """How long a call takes: the median of ten, after three to warm up."""
     times = []
-    for _ in range(3 + rounds):
+    for _ in range(13):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -502,8 +501,7 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
     return model.eval(), file
 
 
-def open_split(path: str, folder: str, file: dict,
-               masks: bool = False) -> tuple[CocoPose, dict]:
+def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple[CocoPose, dict]:
     """The images of a json as the network of load_model's file wants them, and the labels.
 
     masks: with people's pixels, if there are any. Raises OSError and ValueError.
@@ -521,10 +519,10 @@ def open_split(path: str, folder: str, file: dict,
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch_size: int,
           *written: str) -> argparse.Namespace:
-    """Read a command line with the flags that p has, and those of all who look at images.
+    """Read the command line: p's flags and, with these defaults, those that predict.py shares.
 
-    conf and batch_size are defaults, written the flags that name files to write. Exits with code 2
-    and one line of advice if a value cannot work.
+    Exits with code 2 and one line of advice if a value cannot work, or if a file to write, named
+    by the flags `written`, has no folder.
     """
     add = p.add_argument
     add("--weights", required=True, metavar="FILE", help="of train.py, or official")

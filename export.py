@@ -173,23 +173,23 @@ def pixels(dataset: CocoPose, count: int) -> list[Tensor]:
     return [collate([dataset[0, i]])[0] for i in range(min(count, len(dataset)))]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; exit with code 2 and one line of advice if a value cannot work."""
+def parse_args() -> argparse.Namespace:
+    """Read the command line; exit with one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--weights", required=True, metavar="FILE", help="of train.py, or official")
-    p.add_argument("--model", choices=[*SIZES], help="for an official checkpoint")
-    p.add_argument("--format", required=True, choices=["onnx", "pt2"])
-    p.add_argument("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
-    p.add_argument("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
-    p.add_argument("--data", metavar="DIR", help="COCO root whose images the file is compared on; "
-                   "default: noise")
-    p.add_argument("--train-split", default="train2017", help="ranges of int8; default: train2017")
-    p.add_argument("--split", default="val2017", help="compared and scored; default: val2017")
-    args = p.parse_args(argv)
+    add = p.add_argument
+    add("--weights", required=True, metavar="FILE", help="of train.py, or official")
+    add("--model", choices=[*SIZES], help="for an official checkpoint")
+    add("--format", required=True, choices=["onnx", "pt2"])
+    add("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
+    add("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
+    add("--data", metavar="DIR", help="COCO root whose images the file is compared on, or noise")
+    add("--train-split", default="train2017", help="ranges of int8; default: %(default)s")
+    add("--split", default="val2017", help="compared and scored; default: %(default)s")
+    args = p.parse_args()
     if args.int8 and (args.format != "onnx" or not args.data):
         p.error("--int8 needs --format onnx and --data DIR, images to find the ranges of numbers")
-    needed = ["onnx", "onnxscript", "onnxruntime"] if args.format == "onnx" else []
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime")
+               if args.format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"export.py: --format onnx needs {', '.join(missing)}; "
                  f"pip install {' '.join(missing)}")
@@ -214,10 +214,9 @@ def main() -> None:
         folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
-    sides, images = (size, max(size * 3 // 4 // 32 * 32, 64)), []
-    for side in sides:  # batches of 1, 1, 3, 3, ...
-        part = [image[..., :side, :side] for image in some]
-        images += part[:2] + [torch.cat(part[i:i + 3]) for i in range(2, len(part), 3)]
+    images = some[:2] + [torch.cat(some[i:i + 3]) for i in range(2, len(some), 3)]
+    small = max(size * 3 // 4 // 32 * 32, 64)
+    images += [image[..., :small, :small] for image in images]
     meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": 0.01, "iou": 0.7,
             "pre": 300, "post": 20}
     with folder:
@@ -225,8 +224,7 @@ def main() -> None:
         write(model.fuse(), written, meta)
         px, score = largest_difference(Exported(model), open_file(written), images)
         print(f"largest difference from PyTorch: {px:.1e} px, {score:.1e} in scores; "
-              f"{'images' if args.data else 'noise'} of {sides[0]} and {sides[1]} px, "
-              f"batches of 1 and 3")
+              f"{'images' if args.data else 'noise'} of {size} and {small} px, batches of 1 and 3")
         if not (px <= LARGEST[0] and score <= LARGEST[1]):
             sys.exit(f"export.py: more than {LARGEST[0]} px or {LARGEST[1]}, so nothing is written")
         if args.int8:

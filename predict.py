@@ -55,20 +55,20 @@ def find_images(sources: list[str]) -> list[str]:
             found = [source] if os.path.isfile(source) else glob.glob(source)
         if not found:
             raise ValueError(f"{source}: no image; expected a file, a folder or a pattern of them")
-        files += sorted(found, key=lambda path: [int(part) if part.isdigit() else part
+        files += sorted(found, key=lambda path: [int(part) if part.isdecimal() else part
                                                  for part in re.split(r"(\d+)", path)])
     return list(dict.fromkeys(files))
 
 
 def out_names(files: list[str]) -> dict[str, str]:
     """{file: name of its picture}: a.jpg, and where another is called so a_2.jpg, a_3.jpg, ..."""
-    names = {"": "sheet.jpg"}
+    names, taken = {}, {"sheet.jpg"}
     for path in files:
         stem, n = os.path.splitext(os.path.basename(path))[0], 1
-        while (name := f"{stem}_{n}.jpg" if n > 1 else f"{stem}.jpg") in names.values():
+        while (name := f"{stem}_{n}.jpg" if n > 1 else f"{stem}.jpg") in taken:
             n += 1
         names[path] = name
-    del names[""]
+        taken.add(name)
     return names
 
 
