@@ -236,7 +236,7 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
     if progress:
         print()
     shares, metrics = gather((by_image, pixels)), None
-    by_image = {i: found for share, _ in shares for i, found in share.items()}  # a repeat: once
+    by_image = {i: found for share, _ in shares for i, found in share.items()}  # no image twice
     found, either = sum(share for _, share in shares).tolist()
     if not dist.is_initialized() or dist.get_rank() == 0:
         metrics = keypoint_ap(truth, by_image, sigmas)
@@ -278,7 +278,7 @@ def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[in
         p["num_keypoints"] and not p["iscrowd"] for p in truth.imgToAnns[n])}
     part = {n: by_image[n] for n in list(index)[::math.ceil(len(index) / most) or 1]}
     oks = best_oks(score(truth, part, dataset.skeleton.sigmas)) if part else {}
-    ranked = sorted((float(np.mean(values)), index[n]) for n, values in oks.items() if values)
+    ranked = sorted((float(np.mean(values)), index[n]) for n, values in oks.items())
     each = min(3, math.ceil(len(ranked) / 3))
     middle = (len(ranked) - each) // 2
     names = (dict.fromkeys(ranked[middle:middle + each], "median")
@@ -495,7 +495,7 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
         model.load_state_dict(state)
     except (LookupError, RuntimeError) as error:
         raise ValueError(f"{path} holds another network, or another size of it: "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{str(error).splitlines()[-1].strip()}") from None
     file["image_size"] = image_size or args.get("image_size", 640)
     file["pad"] = pad or args.get("val_pad", "bottom_right")
     return model.eval(), file

@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import COCO_NAMES, COCO_SIGMAS, PAD_MODES, CocoPose, collate, flatten, read_skeleton, undo
-from evaluate import evaluate, keypoint_ap, quiet_coco, select, to_coco, val_batches
+from evaluate import (evaluate, keypoint_ap, load_model, open_split, quiet_coco, select, to_coco,
+                      val_batches)
 from model import YoloNasPose
 from people import draw_dataset
 
@@ -141,6 +142,27 @@ def test_images_without_people_or_detections_count(drawn):
     assert keypoint_ap(truth, false, COCO_SIGMAS)["AP"] < 0.99
     assert keypoint_ap(truth, {**perfect, 0: []}, COCO_SIGMAS)["AP"] < 0.99
     assert keypoint_ap(truth, {i: [] for i in perfect}, COCO_SIGMAS)["AP"] == 0
+
+
+def test_a_split_is_opened_as_the_checkpoint_wants_it(drawn, official_n, tmp_path):
+    """Official files know COCO's keypoints, 640 px and the corner; flags come before them. Crowds
+    alone are no masks, and other keypoints are refused."""
+    _, file = load_model(official_n, "n")
+    assert (file["skeleton"]["names"], file["image_size"], file["pad"]) == (
+        COCO_NAMES, 640, "bottom_right")
+    _, file = load_model(official_n, "n", 96, "center")
+    labels = json.loads(Path(f"{drawn}/annotations/person_keypoints_val2017.json").read_text())
+    for ann in labels["annotations"]:
+        ann.pop("segmentation", None)
+    labels["annotations"][0] |= {"iscrowd": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(labels))
+    dataset, _ = open_split(str(path), f"{drawn}/val2017", file, masks=True)
+    assert (dataset.size, dataset.pad) == (96, "center") and "mask" not in dataset[0, 0]
+    labels["categories"][0]["keypoints"] = COCO_NAMES[::-1]
+    path.write_text(json.dumps(labels))
+    with pytest.raises(ValueError, match="must be the same"):
+        open_split(str(path), f"{drawn}/val2017", file)
 
 
 def test_every_image_is_evaluated_by_exactly_one_process():

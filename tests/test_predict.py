@@ -97,13 +97,16 @@ def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "o" / "sheet.jpg").size == (1920, 480)
 
 
-def test_frames_come_in_order_and_names_do_not_collide(tmp_path):
+def test_frames_come_in_order_and_names_do_not_collide(tmp_path, monkeypatch):
     for name in ("a/frame10.png", "a/frame2.png", "a/notes.txt", "b/frame2.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     files = find_images([str(tmp_path / "a"), str(tmp_path / "b" / "*.jpg"), str(tmp_path / "a")])
     assert [f[len(str(tmp_path)) + 1:] for f in files] == ["a/frame2.png", "a/frame10.png",
                                                           "b/frame2.jpg"]
+    monkeypatch.chdir(tmp_path / "b")
+    (tmp_path / "b" / "\u00b27.jpg").write_bytes(b"")  # a digit that is no number
+    assert find_images(["\u00b27.jpg"]) == ["\u00b27.jpg"]
     assert list(out_names(files).values()) == ["frame2.jpg", "frame10.jpg", "frame2_2.jpg"]
     assert list(out_names(["x_2.png", "x.png", "y/x.png"]).values()) == ["x_2.jpg", "x.jpg",
                                                                         "x_3.jpg"]
