@@ -480,22 +480,27 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
     """The network of a checkpoint with its weights in eval mode, and the checkpoint's other parts:
     always skeleton (a Skeleton's fields), image_size (px) and pad, the file's if not given here.
 
-    size is needed for official files, which do not name theirs; these know COCO's keypoints.
+    size is needed for official files, which name neither it nor their keypoints: 17 are COCO's.
     Raises OSError and ValueError.
     """
     state, file = read_weights(path)
     if file.get("format") != "nanopose":
         if size is None:
-            raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l")
-        file = {"args": {"model": size}, "skeleton": read_skeleton({"categories": [
-            {"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}]})._asdict()}
+            raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l "
+                             f"(of a teacher: --teacher-model)")
+        file = {"args": {"model": size}}
     try:
-        args, names = file["args"], file["skeleton"]["names"]
-        model = YoloNasPose(args["model"], len(names), mask="mask.1.bias" in state)
+        args, k = file["args"], len(state["heads.head1.pose_pred.bias"]) // 2
+        model = YoloNasPose(args["model"], k, mask="mask.1.bias" in state)
         model.load_state_dict(state)
     except (LookupError, RuntimeError) as error:
         raise ValueError(f"{path} holds another network, or another size of it: "
                          f"{str(error).splitlines()[-1].strip()}") from None
+    if "skeleton" not in file:
+        category = {"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}
+        if k != len(COCO_NAMES):
+            category = {"keypoints": [f"keypoint_{i + 1}" for i in range(k)]}
+        file["skeleton"] = read_skeleton({"categories": [category]})._asdict()
     file["image_size"] = image_size or args.get("image_size", 640)
     file["pad"] = pad or args.get("val_pad", "bottom_right")
     return model.eval(), file
@@ -508,6 +513,8 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     """
     labels, skeleton = read_json(path), Skeleton(**file["skeleton"])
     names = labels["categories"][0]["keypoints"]
+    if "format" not in file and len(names) == len(skeleton.names) != len(COCO_NAMES):
+        skeleton = read_skeleton(labels)  # which an official file leaves to the labels
     if names != skeleton.names:
         raise ValueError(f"the network knows the keypoints {skeleton.names}, {path} has {names}; "
                          f"they must be the same")

@@ -40,7 +40,7 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
+from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
                   CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
@@ -581,8 +581,8 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     report = load_weights(model, args.weights) if args.weights and not args.resume else {}
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
-        names = file["skeleton"]["names"] if "skeleton" in file else COCO_NAMES
-        if names != skeleton.names or len(names) != teacher.num_keypoints:
+        names = file["skeleton"]["names"]
+        if names != skeleton.names:
             raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
                              f"expected those of the data: {', '.join(skeleton.names)}")
         teacher = teacher.fuse().to(**place)

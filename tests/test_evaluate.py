@@ -165,6 +165,19 @@ def test_a_split_is_opened_as_the_checkpoint_wants_it(drawn, official_n, tmp_pat
         open_split(str(path), f"{drawn}/val2017", file)
 
 
+def test_official_weights_tuned_to_other_keypoints_take_their_names_from_the_labels(drawn, tmp_path):
+    torch.save({"net": YoloNasPose("n", 2).state_dict()}, tmp_path / "tuned.pth")
+    _, file = load_model(str(tmp_path / "tuned.pth"), "n", 96)
+    assert file["skeleton"]["names"] == ["keypoint_1", "keypoint_2"]
+    labels = json.loads(Path(f"{drawn}/annotations/person_keypoints_val2017.json").read_text())
+    labels["categories"] = [{"id": 1, "name": "fish", "keypoints": ["left_fin", "right_fin"]}]
+    for ann in labels["annotations"]:
+        ann["keypoints"] = ann["keypoints"][:6]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    dataset, _ = open_split(str(tmp_path / "labels.json"), f"{drawn}/val2017", file)
+    assert dataset.skeleton.names == ["left_fin", "right_fin"] and dataset.skeleton.flip == [1, 0]
+
+
 def test_every_image_is_evaluated_by_exactly_one_process():
     for world_size in (1, 2, 3):
         shares = [val_batches(10, 4, rank, world_size) for rank in range(world_size)]
