@@ -26,6 +26,7 @@ Geometry: whatever happens to an image (mirror, rotation, zoom, mosaic, padding)
 matrix, so its pixels are resampled once and its points move by the same numbers.
 """
 import atexit
+import functools
 import hashlib
 import itertools
 import json
@@ -35,6 +36,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from numbers import Number
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +45,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 COCO_NAMES = ["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder",
@@ -57,8 +60,11 @@ BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a sha
 PAD_GRAY = 127
 # What Pillow raises for files that are damaged, or too large to be meant.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-STRIP = 128  # rows
 PAD_MODES = ("center", "bottom_right")
+
+RECORDS = {"categories": {"id": int, "name": str},  # of a json, and what each must have
+           "images": {"id": int, "file_name": str, "width": Number, "height": Number},
+           "annotations": {"id": int, "image_id": int, "bbox": list}}
 
 
 class DataError(ValueError):
@@ -87,9 +93,9 @@ class Annotations(NamedTuple):
     boxes: np.ndarray      # (T, 4) float32, x1, y1, x2, y2, px
     keypoints: np.ndarray  # (T, K, 3) float32, x px, y px, v; continuous coordinates
     crowd: np.ndarray      # (T,) bool
-    masks: np.ndarray      # (bytes,) uint8, COCO's run lengths of people's pixels, image by image
-    mask_offsets: np.ndarray   # (N + 1,) int64; both are empty if not asked for
     masked: np.ndarray     # (T,) bool, the annotation has a segmentation
+    masks: bytes           # COCO's run lengths of people's pixels, image by image, if asked for:
+    mask_offsets: np.ndarray   # (N + 1,) int64, from where to where in it; else (1,)
 
 
 def find_split(root: str, split: str) -> tuple[str, str]:
@@ -97,46 +103,60 @@ def find_split(root: str, split: str) -> tuple[str, str]:
 
     Raises FileNotFoundError if neither folder is there.
     """
-    folders = [os.path.join(root, split), os.path.join(root, "images", split)]
-    for folder in folders:
+    for folder in (os.path.join(root, split), os.path.join(root, "images", split)):
         if os.path.isdir(folder):
             return os.path.join(root, "annotations", f"person_keypoints_{split}.json"), folder
-    raise FileNotFoundError(f"no folder {folders[0]} or {folders[1]}; expected the split's images; "
-                            f"other layouts: name json and images by flags of their own")
+    raise FileNotFoundError(f"no folder {root}/{split} or {root}/images/{split}; expected the "
+                            f"split's images; other layouts: name json and images by their flags")
 
 
-def check_records(path: str, what: str, records: list, kinds: dict[str, type]) -> None:
-    """Raise ValueError for a record without one of the keys or of another type, or an id twice."""
-    seen = set()
-    for record in records:
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: {what}: found {str(record)[:60]}, expected a record {{...}}")
-        for key, kind in kinds.items():
-            if not isinstance(record.get(key), kind) or kind is int and abs(record[key]) >= 2**53:
-                name = "number" if kind == (int, float) else kind.__name__
-                found = f"{key} {str(record[key])[:40]}" if key in record else f"{key} is missing"
-                raise ValueError(f"{path}: {what}: {found} in {str(record)[:80]}, expected {key} "
-                                 f"of type {name}; mend or remove the record")
-        if record["id"] in seen:
-            raise ValueError(f"{path}: {what}: id {record['id']} is there twice; remove one")
-        seen.add(record["id"])
-
-
-def check_person(ann: dict, numbers: int) -> str:
-    """What is wrong with the numbers of an annotation, or nothing."""
-    bbox, keypoints = ann["bbox"], ann["keypoints"]
-    if len(keypoints) != numbers:
-        return f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each name)"
-    try:
-        finite = math.isfinite(sum(bbox) + sum(keypoints) + ann.get("area", 0))
-        if not finite or len(bbox) != 4 or min(bbox[2:]) < 0:
-            return (f"bbox {bbox}, expected finite numbers everywhere, 4 of them: x, y and a size "
-                    f"that is not negative")
-        if not {0, 1, 2}.issuperset(keypoints[2::3]):
-            return f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
-    except (TypeError, OverflowError):
-        return f"bbox {str(bbox)[:60]} or keypoints with something that is not a number"
-    return ""
+def faults(coco: dict) -> Iterator[str]:
+    """What is wrong with the content of a json. The first counts; others may follow from it."""
+    if not isinstance(coco, dict) or not all(isinstance(coco.get(what), list) for what in RECORDS):
+        yield ("expected the lists images, annotations and categories of COCO's format; export "
+               "your labels as COCO keypoints")
+    for what, kinds in RECORDS.items():
+        seen = set()
+        for record in coco[what]:
+            if not isinstance(record, dict):
+                yield f"{what}: found {str(record)[:60]}, expected a record {{...}}"
+            for key, kind in kinds.items():
+                value = record.get(key)
+                if not isinstance(value, kind) or kind is int and abs(value) >= 2**53:
+                    yield (f"{what}: {key} {str(record.get(key, 'is missing'))[:40]} in "
+                           f"{str(record)[:80]}, expected {key} of type {kind.__name__.lower()}; "
+                           f"mend or remove the record")
+                if kind is Number and not 1 <= value <= 100_000:
+                    yield (f"{what}: {key} {str(value)[:40]} of image {record['id']}, expected 1 "
+                           f"to 100000 px; mend its record")
+            if record["id"] in seen:
+                yield f"{what}: id {record['id']} is there twice; remove one"
+            seen.add(record["id"])
+    names = coco["categories"][0].get("keypoints") if len(coco["categories"]) == 1 else None
+    if not isinstance(names, list):
+        yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one, with "
+               f"keypoint names; use person_keypoints_*.json, not instances_*.json")
+    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        yield f"keypoint names {names}, expected different texts, at least one"
+    images, numbers = {image["id"] for image in coco["images"]}, 3 * len(names)
+    for ann in coco["annotations"]:
+        bbox, keypoints, wrong = ann["bbox"], ann.get("keypoints", [0] * numbers), ""
+        try:
+            if ann["image_id"] not in images:
+                wrong = f"image {ann['image_id']}, which is not in the file"
+            elif len(keypoints) != numbers:
+                wrong = (f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each "
+                         f"name)")
+            elif not (math.isfinite(sum(bbox) + sum(keypoints) + ann.get("area", 0))
+                      and len(bbox) == 4 and min(bbox[2:]) >= 0):
+                wrong = (f"bbox {bbox}, expected finite numbers everywhere, 4 of them: x, y and a "
+                         f"size that is not negative")
+            elif not {0, 1, 2}.issuperset(keypoints[2::3]):
+                wrong = f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
+        except (TypeError, OverflowError):
+            wrong = f"bbox {str(bbox)[:60]} or keypoints with something that is not a number"
+        if wrong:
+            yield f"annotation {ann['id']} has {wrong}; mend or remove it"
 
 
 def read_json(path: str) -> dict:
@@ -154,66 +174,38 @@ def read_json(path: str) -> dict:
             coco = json.load(f)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}; was the download or export cut off?") from None
-    if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in (
-            "images", "annotations", "categories")):
-        raise ValueError(f"{path}: expected the lists images, annotations and categories of COCO's "
-                         f"format; export your labels as COCO keypoints")
-    check_records(path, "categories", coco["categories"], {"id": int, "name": str})
-    if len(coco["categories"]) != 1 or not isinstance(coco["categories"][0].get("keypoints"), list):
-        raise ValueError(f"{path}: categories {[c['name'] for c in coco['categories']]}, expected "
-                         f"exactly one, with keypoint names; remove others, or use "
-                         f"person_keypoints_*.json, not instances_*.json")
-    names = coco["categories"][0]["keypoints"]
-    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-        raise ValueError(f"{path}: keypoint names {names}, expected different texts, at least one")
-    number = (int, float)
-    check_records(path, "images", coco["images"], {"id": int, "file_name": str, "width": number,
-                                                   "height": number})
-    for image in coco["images"]:
-        if not (1 <= image["width"] <= 100_000 and 1 <= image["height"] <= 100_000):
-            size = f"{image['width']} x {image['height']}"
-            raise ValueError(f"{path}: image {image['id']} is {size[:40]} px, expected 1 to "
-                             f"100000; mend its record")
+    for fault in faults(coco):
+        raise ValueError(f"{path}: {fault}")
     for ann in coco["annotations"]:
-        if isinstance(ann, dict):
-            ann.setdefault("keypoints", [0] * 3 * len(names))
-    check_records(path, "annotations", coco["annotations"],
-                  {"id": int, "image_id": int, "bbox": list, "keypoints": list})
-    known = {image["id"] for image in coco["images"]}
-    for ann in coco["annotations"]:
-        wrong = check_person(ann, 3 * len(names))
-        if ann["image_id"] not in known:
-            wrong = f"image {ann['image_id']}, which is not in the file; add the image"
-        if wrong:
-            raise ValueError(f"{path}: annotation {ann['id']} has {wrong}; mend or remove it")
+        keypoints = ann.setdefault("keypoints", 3 * len(coco["categories"][0]["keypoints"]) * [0])
         ann.setdefault("iscrowd", 0)
         ann["area"] = ann.get("area") or BODY_SHARE_OF_BOX * ann["bbox"][2] * ann["bbox"][3]
-        ann.setdefault("num_keypoints", sum(v > 0 for v in ann["keypoints"][2::3]))
+        ann.setdefault("num_keypoints", sum(v > 0 for v in keypoints[2::3]))
     return coco
 
 
-def pixels_of(people: list[dict], width: int, height: int) -> bytes:
+def pixels_of(people: list[dict], image: dict) -> bytes:
     """COCO's run lengths of the pixels of all people of an image that have a segmentation.
 
     Polygons and both kinds of RLE. Raises ValueError for others.
     """
-    parts = []
+    parts, size = [], [image["height"], image["width"]]
     for ann in people:
-        shape, size = ann["segmentation"], [height, width]
+        shape = ann.get("segmentation")
+        if ann["iscrowd"] or not shape:
+            continue
+        runs = isinstance(shape, dict) and shape.get("size") == size and shape.get("counts")
         polygons = isinstance(shape, list) and all(
             isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
-                isinstance(v, (int, float)) and abs(v) < 1e6 for v in p) for p in shape)
-        runs = isinstance(shape, dict) and shape.get("size") == size and "counts" in shape
-        if runs and isinstance(shape["counts"], list):
-            runs = sum(v if isinstance(v, int) and v >= 0 else math.inf for v in shape["counts"]
-                       ) == height * width
-        if not (polygons or runs):
-            raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
-                             f"polygons or run lengths of {height} x {width} px; remove or mend it")
-        if runs and isinstance(shape["counts"], str):
+                isinstance(v, Number) and abs(v) < 1e6 for v in p) for p in shape)
+        if isinstance(runs, str):
             parts.append(shape)
+        elif polygons or isinstance(runs, list) and size[0] * size[1] == sum(
+                v if isinstance(v, int) and v >= 0 else math.inf for v in runs):
+            parts += coco_mask.frPyObjects(shape if polygons else [shape], *size)
         else:
-            parts += coco_mask.frPyObjects(shape if polygons else [shape], height, width)
+            raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
+                             f"polygons or run lengths of {size[0]} x {size[1]} px; mend it")
     return coco_mask.merge(parts)["counts"] if parts else b""
 
 
@@ -223,23 +215,20 @@ def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annot
     only_people leaves out images without a labeled person; masks keeps people's pixels.
     Raises ValueError if nothing is left, or masks are asked for and nobody has a segmentation.
     """
-    images = sorted(coco["images"], key=lambda image: image["id"])
-    people = {image["id"]: [] for image in images}
+    people = {image["id"]: [] for image in coco["images"]}
     for ann in coco["annotations"]:
         people[ann["image_id"]].append(ann)
-    if only_people:
-        images = [image for image in images if any(
-            a["num_keypoints"] and not a["iscrowd"] for a in people[image["id"]])]
+    images = [image for image in sorted(coco["images"], key=lambda image: image["id"])
+              if not only_people or any(a["num_keypoints"] and not a["iscrowd"]
+                                        for a in people[image["id"]])]
     if not images:
         raise ValueError("no image is left" + only_people * ": nobody is labeled in any of them")
-
+    counts = [len(people[image["id"]]) for image in images]
     rows = [ann for image in images for ann in people[image["id"]]]
-    masked = [masks and not ann["iscrowd"] and bool(ann.get("segmentation")) for ann in rows]
+    masked = [bool(ann.get("segmentation") and not ann["iscrowd"]) for ann in rows]
     if masks and not any(masked):
         raise ValueError("no annotation has a segmentation, which --mask trains with; leave it out")
-    runs = [np.frombuffer(pixels_of([a for a in people[image["id"]] if not a["iscrowd"]
-                                     and a.get("segmentation")], image["width"], image["height"]),
-                          np.uint8) for image in images] if masks else []
+    runs = [pixels_of(people[image["id"]], image) for image in images] if masks else []
     boxes = np.array([ann["bbox"] for ann in rows], np.float32).reshape(-1, 4)         # (T, 4)
     boxes[:, 2:] += boxes[:, :2]
     k = len(coco["categories"][0]["keypoints"])
@@ -249,10 +238,9 @@ def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annot
         files=np.array([image["file_name"] for image in images]),
         ids=np.array([image["id"] for image in images], np.int64),
         sizes=np.array([[image["width"], image["height"]] for image in images], np.int64),
-        offsets=np.cumsum([0] + [len(people[image["id"]]) for image in images]),
-        boxes=boxes, keypoints=keypoints, crowd=np.array([a["iscrowd"] for a in rows], bool),
-        masks=np.concatenate([np.zeros(0, np.uint8), *runs]),
-        mask_offsets=np.cumsum([0] + [len(run) for run in runs]), masked=np.array(masked, bool))
+        offsets=np.cumsum([0, *counts]), boxes=boxes, keypoints=keypoints,
+        crowd=np.array([ann["iscrowd"] for ann in rows], bool), masked=np.array(masked, bool),
+        masks=b"".join(runs), mask_offsets=np.cumsum([0, *map(len, runs)]))
 
 
 def check_files(files: np.ndarray, folder: str) -> None:
@@ -264,29 +252,27 @@ def check_files(files: np.ndarray, folder: str) -> None:
                                     f"counted from that folder; get it or remove its record")
 
 
-def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray,
-            skeleton: Skeleton) -> np.ndarray:
+def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list) -> np.ndarray:
     """People (T,) whose left and right may be exchanged in one of the pairs.
 
     Two pairs that agree in nearly all of the set on which way somebody faces (shoulders and hips;
-    not wrists) must agree. xy (T, K, 2), labeled (T, K), widths (T,) of the boxes.
+    not wrists) must agree. xy (T, K, 2), labeled (T, K), widths (T,) of the boxes, flip (K).
     """
-    pairs = [(i, j) for i, j in enumerate(skeleton.flip) if i != j and (
-        skeleton.names[i].startswith("left") or i < j and not skeleton.names[j].startswith("left"))]
-    left, right = np.array(pairs, int).reshape(-1, 2).T
+    left, right = np.array([(i, j) for i, j in enumerate(flip) if i < j], int).reshape(-1, 2).T
     apart = (xy[:, left, 0] - xy[:, right, 0]) / np.maximum(widths, 1)[:, None]   # (T, pairs)
-    sign = np.sign(apart) * (np.abs(apart) > 0.1) * labeled[:, left] * labeled[:, right]
+    side = np.sign(apart) * (np.abs(apart) > 0.1) * labeled[:, left] * labeled[:, right]
     found = np.zeros(len(xy), bool)
-    for a, b in itertools.combinations(sign.T, 2):
-        if (a * b > 0).sum() >= 0.97 * np.count_nonzero(a * b):
-            found |= a * b < 0
+    for a, b in itertools.combinations(side.T, 2):
+        agree = a * b * np.sign(a @ b)  # -1 if one pair is named right to left
+        if (agree > 0).sum() >= 0.97 * np.count_nonzero(agree):
+            found |= agree < 0
     return found
 
 
 def describe(dataset: "CocoPose") -> list[str]:
     """What is in a set, in lines to read before one trains with it.
 
-    Opens about 5000 of the images, and decodes every tenth of these, to find broken files.
+    Reads about 1000 of the images to find broken files.
     """
     a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
     labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
@@ -296,23 +282,19 @@ def describe(dataset: "CocoPose") -> list[str]:
     side = np.sqrt(wide_high.prod(1)) * size / a.sizes[image].max(1)              # (T,) px
     _, first = np.unique(np.column_stack([image, a.boxes]), axis=0, return_index=True)
     outside = labeled & ((xy < 0) | (xy > a.sizes[image][:, None])).any(-1)       # (T, K)
-    found = [
-        (np.flatnonzero(people & (side < 8)), f"people smaller than 8 px at {size} px"),
-        (np.setdiff1d(np.arange(len(image)), first), "boxes that their image has twice"),
-        (np.flatnonzero(outside.any(1)), "people with a keypoint outside the image"),
-        (np.flatnonzero(people & swapped(xy, labeled, wide_high[:, 0], dataset.skeleton)),
-         "people whose left and right may be exchanged")]
     broken = []
-    for i in range(0, len(a.ids), max(len(a.ids) // 5000, 1)):
+    for i in range(0, len(a.ids), max(len(a.ids) // 1000, 1)):
         try:
-            with Image.open(os.path.join(dataset.folder, str(a.files[i]))) as file:
-                if file.size != tuple(a.sizes[i]):
-                    raise OSError("of another size than the json says")
-                if len(a.ids) < 500 or i // max(len(a.ids) // 5000, 1) % 10 == 0:
-                    file.load()
+            open_image(os.path.join(dataset.folder, str(a.files[i])), *a.sizes[i].tolist(), 1 / 8)
         except UNREADABLE:
             broken.append(i)
-    shares = labeled[people].mean(0) if people.any() else np.zeros(len(names))
+    checks = {f"people smaller than 8 px at {size} px": image[people & (side < 8)],
+              "boxes that their image has twice": np.delete(image, first),
+              "people with a keypoint outside the image": image[outside.any(1)],
+              "people whose left and right may be exchanged": image[
+                  people & swapped(xy, labeled, wide_high[:, 0], dataset.skeleton.flip)],
+              "broken images": broken}
+    shares = labeled[people].sum(0) / max(people.sum(), 1)                        # (K,)
     few, middle, many = np.quantile(side[people] if people.any() else [0], [0.05, 0.5, 0.95])
     return [f"people        {people.sum()} labeled, {(~labeled.any(1) & ~a.crowd).sum()} without "
             f"keypoints, {a.crowd.sum()} crowds; "
@@ -320,10 +302,8 @@ def describe(dataset: "CocoPose") -> list[str]:
             "labeled       " + ", ".join(f"{n} {s:.0%}" for n, s in zip(names, shares)),
             f"box sides     {few:.0f}, {middle:.0f}, {many:.0f} px at {size} px (5, 50, 95 % of "
             f"the people; the root of the area)",
-            *(f"check         {len(rows)} {what}, like {a.files[image[rows[0]]]}"
-              for rows, what in found if len(rows)),
-            *([f"check         {len(broken)} broken images, like {a.files[broken[0]]}"]
-              if broken else [])]
+            *(f"check         {len(images)} {what}, like {a.files[images[0]]}"
+              for what, images in checks.items() if len(images))]
 
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
@@ -336,32 +316,30 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     category = coco["categories"][0]
     names = category["keypoints"]
     if flip_pairs is None:
-        pairs = [(n, "right_" + n[5:]) for n in names
+        pairs = [[n, "right_" + n[5:]] for n in names
                  if n.startswith("left_") and "right_" + n[5:] in names]
     else:
-        pairs = [tuple(pair.split(":")) for pair in flip_pairs.split(",") if pair]
+        pairs = [pair.split(":") for pair in flip_pairs.split(",") if pair]
     flip = list(range(len(names)))
     for pair in pairs:
         if len(pair) != 2 or not set(pair) <= set(names):
             raise ValueError(f"flip pair {':'.join(pair)} does not name two of the keypoints "
                              f"{', '.join(names)}")
-        a, b = names.index(pair[0]), names.index(pair[1])
+        a, b = map(names.index, pair)
         if flip[a] != a or flip[b] != b or a == b:
             raise ValueError(f"flip pair {':'.join(pair)} uses a keypoint twice")
         flip[a], flip[b] = b, a
-    if sigmas is None:
-        default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
-        sigmas = category.get("sigmas", default)
+    default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
+    sigmas = sigmas or category.get("sigmas") or default
     if len(sigmas) != len(names) or min(sigmas) <= 0:
         raise ValueError(f"{len(sigmas)} sigmas for {len(names)} keypoints; expected one positive "
                          f"number for each of {', '.join(names)}")
-    edges = category.get("skeleton", [])
+    edges = category.get("skeleton") or []
     if not all(isinstance(edge, list) and len(edge) == 2 and all(
             isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):
         raise ValueError(f"skeleton {str(edges)[:60]}, expected pairs of keypoints, counted from 1 "
                          f"to {len(names)}")
-    return Skeleton(list(names), flip, [[a - 1, b - 1] for a, b in edges],
-                    [float(s) for s in sigmas])
+    return Skeleton(names, flip, [[a - 1, b - 1] for a, b in edges], [float(s) for s in sigmas])
 
 
 class Augment(NamedTuple):
@@ -389,11 +367,6 @@ PLAIN = Augment(mosaic=0.0, flip=0.0, contrast=0.0, hsv=0.0, affine=0.0)
 FLIP = PLAIN._replace(flip=0.5)
 MOSAIC_HEAVY = Augment(contrast=0.75, contrast_range=0.3, bgr=0.5, hsv=0.75, hsv_gain=25.0,
                        rotate90=0.5, degrees=7.0, scale=(0.6, 1.75))
-
-
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample, whatever the number of workers, ranks or resumes."""
-    return np.random.default_rng((seed, epoch, index))
 
 
 def matrix3(a: float, b: float, c: float, d: float, e: float, f: float) -> np.ndarray:
@@ -519,8 +492,8 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
     (a, b, c), (d, e, f) = (back * scale[:, None] - [[0, 0, 1], [0, 0, 1]]).tolist()
     upright = b == d == 0  # then nothing of the outside shows, and edges keep their full strength
     x = torch.arange(left, right) + 0.5                                           # (w,)
-    for first in range(top, bottom, STRIP):  # what a core works on stays in its cache
-        y = torch.arange(first, min(first + STRIP, bottom))[:, None] + 0.5        # (h, 1)
+    for first in range(top, bottom, 128):  # rows; what a core works on stays in its cache
+        y = torch.arange(first, min(first + 128, bottom))[:, None] + 0.5        # (h, 1)
         grid = torch.empty(1, len(y), len(x), 2)
         torch.add(a * x + c, b * y, out=grid[0, ..., 0])
         torch.add(d * x + f, e * y, out=grid[0, ..., 1])
@@ -564,13 +537,13 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndar
         turned = ", turned by its EXIF tag?" * (image.size == (height, width))
         raise ValueError(f"is {image.width}x{image.height} px, its json says {width}x{height}"
                          f"{turned}")
-    shrink, drafted = shrink_for(zoom), 1
-    if shrink > 1 and image.format == "JPEG":
+    shrink = shrink_for(zoom)
+    if image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
-        drafted = 2 ** round(math.log2(max(width, height) / max(image.size)))
+    more = shrink // 2 ** round(math.log2(max(width, height) / max(image.size)))
     image.load()
     image = to_rgb(image)
-    return np.asarray(image if drafted == shrink else image.reduce(shrink // drafted)), shrink
+    return np.asarray(image.reduce(more) if more > 1 else image), shrink
 
 
 class Cache:
@@ -586,13 +559,13 @@ class Cache:
         self.shrinks = [shrink_for(size / max(side)) for side in annotations.sizes.tolist()]
         self.sides = -(-annotations.sizes // np.array(self.shrinks)[:, None])     # (N, 2) px
         self.offsets = np.cumsum([0, *3 * self.sides.prod(1)])                    # (N + 1,)
-        there = int(self.offsets[-1])  # from here on one byte an image: is it there?
-        total = there + len(self.sides)
+        total = int(self.offsets[-1]) + len(self.sides)  # the last say which images are there
+        takes = f"--cache {kind} takes {total / 1e9:.1f} GB"
         if kind == "ram":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if total * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > memory:
-                raise ValueError(f"--cache ram takes {total / 1e9:.0f} GB a process; this machine "
-                                 f"has {memory / 1e9:.0f}; use --cache disk or none")
+                raise ValueError(f"{takes} a process; this machine has {memory / 1e9:.0f}; use "
+                                 f"--cache disk or none")
             array = np.frombuffer(mmap.mmap(-1, total), np.uint8)
         else:
             files = annotations.files.tolist()
@@ -604,19 +577,21 @@ class Cache:
                     os.posix_fallocate(f.fileno(), 0, total)
                 except OSError as error:
                     os.remove(path)
-                    raise OSError(f"--cache disk: {error.strerror}: {path} would take "
-                                  f"{total / 1e9:.1f} GB; use --cache ram or none") from None
+                    raise OSError(f"{takes}: {path}: {error.strerror}; use --cache ram or none"
+                                  ) from None
             array = np.memmap(path, np.uint8, "r+")
-        self.pixels, self.there = array[:there], array[there:]
+        self.pixels, self.there = np.split(array, self.offsets[-1:])
 
-    def read(self, index: int, path: str, width: int, height: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, path: str, width: int, height: int,
+             zoom: float) -> tuple[np.ndarray, int]:
         """As open_image, for image `index` of the set."""
-        w, h = self.sides[index].tolist()
+        (w, h), shrink = self.sides[index].tolist(), self.shrinks[index]
         image = self.pixels[self.offsets[index]:self.offsets[index + 1]].reshape(h, w, 3)
         if not self.there[index]:
-            image[:] = open_image(path, width, height, 1 / self.shrinks[index])[0]
+            image[:] = open_image(path, width, height, 1 / shrink)[0]
             self.there[index] = 1  # only now; if two processes do it, they write the same
-        return image, self.shrinks[index]
+        more = shrink_for(zoom * shrink)
+        return np.asarray(Image.fromarray(image).reduce(more)) if more > 1 else image, shrink * more
 
 
 def occlude(image: Tensor, mask: Tensor | None, boxes: np.ndarray, keypoints: np.ndarray,
@@ -676,7 +651,7 @@ class CocoPose(Dataset):
 
     def sample(self, epoch: int, index: int) -> dict:
         """Image `index` as that epoch wants it, from random numbers of its own."""
-        rng = sample_rng(self.seed, epoch, index)
+        rng = np.random.default_rng((self.seed, epoch, index))
         image, mask, people, matrix = self.compose(index, epoch, rng)
         if rng.random() < self.augment.mixup:
             more, more_mask, others, _ = self.compose(int(rng.integers(len(self))), epoch, rng)
@@ -720,13 +695,8 @@ class CocoPose(Dataset):
         width, height = self.annotations.sizes[index].tolist()
         zoom = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
         try:
-            if self.cache:
-                image, shrink = self.cache.read(index, path, width, height)
-                more = shrink_for(zoom * shrink)
-                if more > 1:
-                    image, shrink = np.asarray(Image.fromarray(image).reduce(more)), shrink * more
-            else:
-                image, shrink = open_image(path, width, height, zoom)
+            image, shrink = self.cache.read(index, path, width, height, zoom) if self.cache else \
+                open_image(path, width, height, zoom)
         except UNREADABLE as error:
             raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
         mean = image[::16, ::16].mean((0, 1))                                     # (3,)
@@ -743,7 +713,7 @@ class CocoPose(Dataset):
         pixels = np.zeros((height, width), np.uint8)
         for x1, y1, x2, y2 in a.boxes[rows][~a.masked[rows]].round().astype(int).clip(0):
             pixels[y1:y2, x1:x2] = 2
-        runs = a.masks[a.mask_offsets[index]:a.mask_offsets[index + 1]].tobytes()
+        runs = a.masks[a.mask_offsets[index]:a.mask_offsets[index + 1]]
         if runs:
             pixels[coco_mask.decode({"size": [height, width], "counts": runs}) > 0] = 1
         warp(canvas, pixels[..., None], matrix, region, fill=0, mode="nearest")
@@ -777,21 +747,17 @@ class CocoPose(Dataset):
 def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
     """Images (B, 3, S, S) uint8 and targets: boxes (B, M, 4), keypoints (B, M, K, 3), crowd (B, M).
 
-    M is the batch's largest, at least 1; rows without a person are 0. image_id (B,) and matrix
-    (B, 2, 3) come along.
+    M is the batch's largest, at least 1; rows without a person are 0. image_id (B,), matrix
+    (B, 2, 3), mask (B, S/2, S/2) if there is one, and the list `bad` come along.
     """
-    b, m = len(samples), max(1, *(len(s["boxes"]) for s in samples))
-    k = samples[0]["keypoints"].shape[1]
-    targets = {"boxes": torch.zeros(b, m, 4), "keypoints": torch.zeros(b, m, k, 3),
-               "crowd": torch.zeros(b, m, dtype=torch.bool)}
-    for i, sample in enumerate(samples):
-        for name, tensor in targets.items():
-            tensor[i, :len(sample[name])] = torch.from_numpy(sample[name])
-    if "mask" in samples[0]:
-        targets["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))
-    targets["bad"] = [error for s in samples for error in s["bad"]]
-    targets["image_id"] = torch.tensor([s["image_id"] for s in samples])
-    targets["matrix"] = torch.from_numpy(np.stack([s["matrix"] for s in samples]))
+    targets = {"bad": [error for s in samples for error in s["bad"]],
+               "image_id": torch.tensor([s["image_id"] for s in samples])}
+    for name in ("boxes", "keypoints", "crowd"):
+        rows = [torch.from_numpy(s[name]) for s in samples]
+        one = rows[0].new_zeros(1, *rows[0].shape[1:])  # as the last sample it makes M at least 1
+        targets[name] = pad_sequence([*rows, one], batch_first=True)[:-1]              # (B, M, ...)
+    for name in {"matrix", "mask"} & samples[0].keys():
+        targets[name] = torch.from_numpy(np.stack([s[name] for s in samples]))
     images = torch.stack([torch.from_numpy(s["image"]).permute(2, 0, 1) for s in samples])
     return images, targets                                                            # (B, 3, S, S)
 
@@ -805,20 +771,19 @@ def random_size(size: int, gain: float, seed: int, step: int) -> int:
     return 32 * int(np.random.default_rng((seed, step, size)).integers(max(low, 1), high + 1))
 
 
-def resize(images: Tensor, targets: dict[str, Tensor],
-           size: int) -> tuple[Tensor, dict[str, Tensor]]:
+def resize(images: Tensor, targets: dict, size: int) -> tuple[Tensor, dict]:
     """Images (B, 3, S, S) and their targets at another size, on their device."""
     zoom = size / images.shape[-1]
     if zoom == 1:
         return images, targets
     images = F.interpolate(images, (size, size), mode="bilinear", antialias=zoom < 1)
     points = targets["keypoints"]
-    moved = {"boxes": targets["boxes"] * zoom, "crowd": targets["crowd"],
-             "keypoints": torch.cat([points[..., :2] * zoom, points[..., 2:]], -1)}
+    targets = {**targets, "boxes": targets["boxes"] * zoom,
+               "keypoints": torch.cat([points[..., :2] * zoom, points[..., 2:]], -1)}
     if "mask" in targets:
-        moved["mask"] = F.interpolate(targets["mask"][:, None], (size // 2, size // 2),
-                                      mode="nearest-exact")[:, 0]
-    return images.contiguous(memory_format=torch.channels_last), moved
+        targets["mask"] = F.interpolate(targets["mask"][:, None], (size // 2, size // 2),
+                                        mode="nearest-exact")[:, 0]
+    return images.contiguous(memory_format=torch.channels_last), targets
 
 
 class Stream:
@@ -835,17 +800,14 @@ class Stream:
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        shuffled = -1
+        @functools.lru_cache(1)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.images)
+
         for micro in itertools.count(self.start * self.accumulate):
             first = (micro * self.world_size + self.rank) * self.batch_size
-            batch = []
-            for position in range(first, first + self.batch_size):
-                epoch, i = divmod(position, self.images)
-                if epoch != shuffled:
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-                    shuffled = epoch
-                batch.append((epoch, int(order[i])))
-            yield batch
+            places = [divmod(first + i, self.images) for i in range(self.batch_size)]
+            yield [(epoch, int(order(epoch)[i])) for epoch, i in places]
 
 
 def ignore_signals(worker: int) -> None:
