@@ -1,9 +1,8 @@
 """COCO keypoints from disk to padded batches.
 
 Owns the file format, the skeleton, every augmentation, the padding and its inverse, and the order
-in which images are seen. Knows nothing about the network.
-
-Read in this order: Annotations, Augment, random_geometry, CocoPose, Stream, make_loader.
+in which images are seen; knows nothing about the network. Read in this order: Annotations,
+Augment, random_geometry, CocoPose, Stream, make_loader.
 
 Axes    B images   S side of the padded input   M people in one image   K keypoints
         N images of the set   T people of the set
@@ -44,8 +43,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 COCO_NAMES = ["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder",
@@ -58,11 +56,11 @@ COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13]
 DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
 PAD_GRAY = 127
+PAD_MODES = ("center", "bottom_right")
 # What Pillow raises for files that are damaged, or too large to be meant.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-PAD_MODES = ("center", "bottom_right")
-
-RECORDS = {"categories": {"id": int, "name": str},  # of a json, and what each must have
+# What each record of a json must have.
+RECORDS = {"categories": {"id": int, "name": str},
            "images": {"id": int, "file_name": str, "width": Number, "height": Number},
            "annotations": {"id": int, "image_id": int, "bbox": list}}
 
@@ -81,33 +79,27 @@ class Skeleton(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """A json as flat arrays: lists of dicts would be copied page by page into every worker.
-
-    People of image i are rows offsets[i] to offsets[i + 1].
-    """
+    """A json as flat arrays: lists of dicts would be copied page by page into every worker."""
 
     files: np.ndarray      # (N,) file names
     ids: np.ndarray        # (N,) int64
     sizes: np.ndarray      # (N, 2) int64, width, height, px
-    offsets: np.ndarray    # (N + 1,) int64
+    offsets: np.ndarray    # (N + 1,) int64, the people of image i are rows offsets[i:i + 2]
     boxes: np.ndarray      # (T, 4) float32, x1, y1, x2, y2, px
     keypoints: np.ndarray  # (T, K, 3) float32, x px, y px, v; continuous coordinates
     crowd: np.ndarray      # (T,) bool
     masked: np.ndarray     # (T,) bool, the annotation has a segmentation
     masks: bytes           # COCO's run lengths of people's pixels, image by image, if asked for:
-    mask_offsets: np.ndarray   # (N + 1,) int64, from where to where in it; else (1,)
+    mask_offsets: np.ndarray   # (N + 1,) int64, where in them an image's are; else (1,)
 
 
 def find_split(root: str, split: str) -> tuple[str, str]:
-    """The json and the image folder of a split: ROOT/SPLIT/ or ROOT/images/SPLIT/.
-
-    Raises FileNotFoundError if neither folder is there.
-    """
+    """The json and the image folder of a split, or FileNotFoundError."""
     for folder in (os.path.join(root, split), os.path.join(root, "images", split)):
         if os.path.isdir(folder):
             return os.path.join(root, "annotations", f"person_keypoints_{split}.json"), folder
-    raise FileNotFoundError(f"no folder {root}/{split} or {root}/images/{split}; expected the "
-                            f"split's images; other layouts: name json and images by their flags")
+    raise FileNotFoundError(f"no folder {root}/{split} or {root}/images/{split}; expected the split"
+                            f"'s images; other layouts: name json and images by flags of their own")
 
 
 def faults(coco: dict) -> Iterator[str]:
@@ -133,11 +125,11 @@ def faults(coco: dict) -> Iterator[str]:
                 yield f"{what}: id {record['id']} is there twice; remove one"
             seen.add(record["id"])
     names = coco["categories"][0].get("keypoints") if len(coco["categories"]) == 1 else None
-    if not isinstance(names, list):
+    if not (isinstance(names, list) and all(isinstance(n, str) for n in names)
+            and 0 < len(names) == len(set(names))):
         yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one, with "
-               f"keypoint names; use person_keypoints_*.json, not instances_*.json")
-    if not names or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
-        yield f"keypoint names {names}, expected different texts, at least one"
+               f"keypoint names, at least one, different texts (found {str(names)[:60]}); use "
+               f"person_keypoints_*.json, not instances_*.json")
     images, numbers = {image["id"] for image in coco["images"]}, 3 * len(names)
     for ann in coco["annotations"]:
         bbox, keypoints, wrong = ann["bbox"], ann.get("keypoints", [0] * numbers), ""
@@ -160,12 +152,9 @@ def faults(coco: dict) -> Iterator[str]:
 
 
 def read_json(path: str) -> dict:
-    """Load a COCO keypoint file and refuse any that cannot train a pose model.
-
-    Some tools leave out what pycocotools needs: area (or write 0), iscrowd, num_keypoints, and
-    keypoints of somebody who has none. These are filled in.
-    Raises FileNotFoundError or ValueError; the message says which record is wrong and what to do.
-    """
+    """Load a COCO keypoint file. What pycocotools needs and some tools leave out is filled in: area
+    (also if 0), iscrowd, num_keypoints, and keypoints of somebody who has none.
+    Raises FileNotFoundError, or ValueError with the record that cannot train and what to do."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} not found; expected a COCO keypoint json (COCO's are in "
                                 f"annotations_trainval2017.zip)")
@@ -185,10 +174,8 @@ def read_json(path: str) -> dict:
 
 
 def pixels_of(people: list[dict], image: dict) -> bytes:
-    """COCO's run lengths of the pixels of all people of an image that have a segmentation.
-
-    Polygons and both kinds of RLE. Raises ValueError for others.
-    """
+    """COCO's run lengths of all people of an image that have a segmentation: polygons or either
+    kind of RLE. Raises ValueError for others."""
     parts, size = [], [image["height"], image["width"]]
     for ann in people:
         shape = ann.get("segmentation")
@@ -211,10 +198,8 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
 
 def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annotations:
     """The images of a json, in order of id, and their people, in continuous coordinates.
-
     only_people leaves out images without a labeled person; masks keeps people's pixels.
-    Raises ValueError if nothing is left, or masks are asked for and nobody has a segmentation.
-    """
+    Raises ValueError if nothing is left, or masks are asked for and nobody has a segmentation."""
     people = {image["id"]: [] for image in coco["images"]}
     for ann in coco["annotations"]:
         people[ann["image_id"]].append(ann)
@@ -253,11 +238,9 @@ def check_files(files: np.ndarray, folder: str) -> None:
 
 
 def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list) -> np.ndarray:
-    """People (T,) whose left and right may be exchanged in one of the pairs.
-
-    Two pairs that agree in nearly all of the set on which way somebody faces (shoulders and hips;
-    not wrists) must agree. xy (T, K, 2), labeled (T, K), widths (T,) of the boxes, flip (K).
-    """
+    """People (T,) whose left and right may be exchanged: of two pairs that agree in nearly all of
+    the set on which way somebody faces (shoulders and hips; not wrists), one does not.
+    xy (T, K, 2), labeled (T, K), widths (T,) of the boxes, flip (K)."""
     left, right = np.array([(i, j) for i, j in enumerate(flip) if i < j], int).reshape(-1, 2).T
     apart = (xy[:, left, 0] - xy[:, right, 0]) / np.maximum(widths, 1)[:, None]   # (T, pairs)
     side = np.sign(apart) * (np.abs(apart) > 0.1) * labeled[:, left] * labeled[:, right]
@@ -270,10 +253,7 @@ def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list)
 
 
 def describe(dataset: "CocoPose") -> list[str]:
-    """What is in a set, in lines to read before one trains with it.
-
-    Reads about 1000 of the images to find broken files.
-    """
+    """What is in a set, in lines to read before one trains with it. Opens about 1000 images."""
     a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
     labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
     people = labeled.any(1) & ~a.crowd                                            # (T,)
@@ -308,11 +288,9 @@ def describe(dataset: "CocoPose") -> list[str]:
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
     """Names, mirror order, lines and sigmas of a json's category.
-
     flip_pairs  "left_a:right_a,left_b:right_b"; otherwise names that start with left_ and right_
     sigmas      K numbers; otherwise the category's, COCO's for COCO's names, or DEFAULT_SIGMA
-    Raises ValueError for a name that is not there, one in two pairs, or a wrong number of sigmas.
-    """
+    Raises ValueError for a name that is not there or in two pairs, or another number of sigmas."""
     category = coco["categories"][0]
     names = category["keypoints"]
     if flip_pairs is None:
@@ -321,13 +299,13 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     else:
         pairs = [pair.split(":") for pair in flip_pairs.split(",") if pair]
     flip = list(range(len(names)))
+    free = set(names)
     for pair in pairs:
-        if len(pair) != 2 or not set(pair) <= set(names):
+        if len(pair) != 2 or pair[0] == pair[1] or not free.issuperset(pair):
             raise ValueError(f"flip pair {':'.join(pair)} does not name two of the keypoints "
-                             f"{', '.join(names)}")
+                             f"{', '.join(names)}, each in one pair")
+        free -= set(pair)
         a, b = map(names.index, pair)
-        if flip[a] != a or flip[b] != b or a == b:
-            raise ValueError(f"flip pair {':'.join(pair)} uses a keypoint twice")
         flip[a], flip[b] = b, a
     default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
     sigmas = sigmas or category.get("sigmas") or default
@@ -386,10 +364,8 @@ def undo(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def random_geometry(width: int, height: int, rng: np.random.Generator,
                     augment: Augment) -> tuple[np.ndarray, int, int]:
-    """Mirror, quarter turns, rotation, zoom and shift: (3, 3) matrix, new width and height px.
-
-    The frame keeps the image's size (turned with it); what leaves the frame is cut off.
-    """
+    """Mirror, quarter turns, rotation, zoom and shift: (3, 3) matrix, and width and height px of
+    the frame, which is as large as the image (and turned with it); what leaves it is cut off."""
     matrix = np.eye(3)
     if rng.random() < augment.flip:
         matrix = matrix3(-1, 0, width, 0, 1, 0)
@@ -409,11 +385,8 @@ def random_geometry(width: int, height: int, rng: np.random.Generator,
 
 
 def random_color(mean: np.ndarray, rng: np.random.Generator, augment: Augment) -> np.ndarray:
-    """Brightness, contrast, red-blue exchange, hue, saturation, value as one (3, 4) matrix.
-
-    mean (3,) is the image's mean color, about which contrast turns. All of these are linear, or
-    nearly so, so they cost one product per pixel: see Image.convert.
-    """
+    """Brightness, contrast, red-blue exchange, hue, saturation, value as one (3, 4) matrix (all are
+    linear, or nearly so). mean (3,) is the image's mean color, about which contrast turns."""
     color = np.eye(3, 4)
     if rng.random() < augment.contrast:
         contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.contrast_range
@@ -441,9 +414,7 @@ def letterbox(width: int, height: int, size: int, pad: str) -> np.ndarray:
 
 def collage(frames: list[tuple[int, int]]) -> tuple[list[tuple[float, float]], int, int]:
     """Where four frames (width, height) go in a 2 x 2 mosaic: corners x, y and the whole's size.
-
-    The four meet in the middle row; each row is centered. A single frame stays where it is.
-    """
+    They meet in the middle row; each row is centered. A single frame stays where it is."""
     if len(frames) == 1:
         return [(0, 0)], *frames[0]
     (w0, h0), (w1, h1), (w2, h2), (w3, h3) = frames
@@ -460,11 +431,9 @@ def shrink_for(zoom: float) -> int:
 
 def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarray,
          color: np.ndarray | None = None, fill: int = PAD_GRAY, mode: str = "bilinear") -> None:
-    """Draw image (H, W, C) uint8 through the (3, 3) matrix into region x1, y1, x2, y2 px of canvas.
-
-    canvas (C, S, S) uint8 shows `fill` where the image ends. color, a (3, 4) matrix, changes the
-    image alone. Only the pixels that can be seen are touched.
-    """
+    """Draw image (H, W, C) uint8 through the (3, 3) matrix into region x1, y1, x2, y2 px of canvas
+    (C, S, S) uint8, which shows `fill` where the image ends. color, a (3, 4) matrix, changes the
+    image alone. Only the pixels that can be seen are touched."""
     height, width = image.shape[:2]
     frame = move(np.array([[0, 0], [width, 0], [0, height], [width, height]]), matrix)   # (4, 2)
     left, top = np.floor(np.maximum(region[:2], frame.min(0)) + 0.5).astype(int)
@@ -493,7 +462,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
     upright = b == d == 0  # then nothing of the outside shows, and edges keep their full strength
     x = torch.arange(left, right) + 0.5                                           # (w,)
     for first in range(top, bottom, 128):  # rows; what a core works on stays in its cache
-        y = torch.arange(first, min(first + 128, bottom))[:, None] + 0.5        # (h, 1)
+        y = torch.arange(first, min(first + 128, bottom))[:, None] + 0.5          # (h, 1)
         grid = torch.empty(1, len(y), len(x), 2)
         torch.add(a * x + c, b * y, out=grid[0, ..., 0])
         torch.add(d * x + f, e * y, out=grid[0, ..., 1])
@@ -526,12 +495,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndarray, int]:
-    """The image (h, w, 3) uint8, RGB, shrunk by a power of two as far as a later `zoom` allows.
-
-    And that power. The later resampling then reduces by less than 2, or it would alias. JPEG files
-    decode reduced. Rotation tags (EXIF) are ignored, as COCO's json ignores them.
-    Raises ValueError if the file's size is not the json's, OSError if it cannot be read.
-    """
+    """The image (h, w, 3) uint8, RGB, shrunk by a power of two as far as a later `zoom` allows (it
+    then reduces by less than 2, or it would alias), and that power. JPEG files decode reduced.
+    Rotation tags (EXIF) are ignored, as COCO's json ignores them.
+    Raises ValueError if the file's size is not the json's, or one of UNREADABLE."""
     image = Image.open(path)
     if image.size != (width, height):
         turned = ", turned by its EXIF tag?" * (image.size == (height, width))
@@ -549,10 +516,9 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndar
 class Cache:
     """Decoded images of a set, in one array that all loader processes fill and share.
 
-    Each is shrunk by the power of two after which it still covers an input of `size` px. In memory
-    ("ram": one array for each training process) or in a file beside the images ("disk"), which
-    other processes and later runs use too; its name changes with the images and the size.
-    Raises ValueError if memory, OSError if the disk is too small.
+    Each is shrunk by the power of two after which it still covers an input of `size` px. kind "ram"
+    is one array for each training process, "disk" a file beside the images for all of them and for
+    later runs, named by images and size. Raises ValueError or OSError if that is too small.
     """
 
     def __init__(self, annotations: Annotations, folder: str, size: int, kind: str):
@@ -586,7 +552,7 @@ class Cache:
              zoom: float) -> tuple[np.ndarray, int]:
         """As open_image, for image `index` of the set."""
         (w, h), shrink = self.sides[index].tolist(), self.shrinks[index]
-        image = self.pixels[self.offsets[index]:self.offsets[index + 1]].reshape(h, w, 3)
+        image = self.pixels[slice(*self.offsets[index:index + 2])].reshape(h, w, 3)
         if not self.there[index]:
             image[:] = open_image(path, width, height, 1 / shrink)[0]
             self.there[index] = 1  # only now; if two processes do it, they write the same
@@ -596,11 +562,9 @@ class Cache:
 
 def occlude(image: Tensor, mask: Tensor | None, boxes: np.ndarray, keypoints: np.ndarray,
             rng: np.random.Generator, p: float) -> None:
-    """Cover a part of each person with probability p: a plain rectangle around a keypoint of it.
-
-    image (3, S, S), its mask (1, S/2, S/2), and keypoints (M, K, 3) are changed in place: what is
-    covered of anybody was visible (2) and becomes hidden (1). boxes (M, 4).
-    """
+    """Cover a part of each person, of boxes (M, 4), with probability p: a plain rectangle around a
+    keypoint of it. image (3, S, S), its mask (1, S/2, S/2), and keypoints (M, K, 3) are changed in
+    place: what is covered of anybody was visible (2) and becomes hidden (1)."""
     for box, person in zip(boxes, keypoints):
         labeled = person[person[:, 2] > 0, :2]
         if rng.random() < p and len(labeled):
@@ -634,10 +598,6 @@ class CocoPose(Dataset):
     def __len__(self) -> int:
         return len(self.annotations.ids)
 
-    def rows(self, index: int) -> slice:
-        """Where the people of image `index` are in the annotations."""
-        return slice(self.annotations.offsets[index], self.annotations.offsets[index + 1])
-
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         bad = []
@@ -670,20 +630,19 @@ class CocoPose(Dataset):
         """Image `index`, perhaps with three others: image, mask or None, people and matrix."""
         indices = [index]
         if rng.random() < self.augment.mosaic and epoch < self.augment.last_mosaic:
-            indices += [int(i) for i in rng.integers(len(self), size=3)]
-        sizes = [tuple(self.annotations.sizes[i].tolist()) for i in indices]
-        frames = [random_geometry(width, height, rng, self.augment) for width, height in sizes]
+            indices += rng.integers(len(self), size=3).tolist()
+        frames = [random_geometry(*self.annotations.sizes[i].tolist(), rng, self.augment)
+                  for i in indices]
         corners, width, height = collage([(w, h) for _, w, h in frames])
         fit = letterbox(width, height, self.size, self.pad)
-        canvas, half = blank(self.size), self.size // 2
-        masks = len(self.annotations.mask_offsets) > 1
-        mask = torch.zeros(1, half, half, dtype=torch.uint8) if masks else None
-        people = []
+        canvas, mask, people = blank(self.size), None, []
+        if self.annotations.masks:
+            mask = torch.zeros(1, self.size // 2, self.size // 2, dtype=torch.uint8)
         for i, (matrix, w, h), (x, y) in zip(indices, frames, corners):
             region = move(np.array([[x, y], [x + w, y + h]]), fit).reshape(4)  # x1, y1, x2, y2
             matrix = fit @ matrix3(1, 0, x, 0, 1, y) @ matrix
             self.paint(canvas, i, matrix, region, rng)
-            if masks:
+            if mask is not None:
                 self.paint_mask(mask, i, np.diag([0.5, 0.5, 1]) @ matrix, region / 2)
             people.append(self.people(i, matrix, region))
         return canvas, mask, tuple(np.concatenate(part) for part in zip(*people)), matrix
@@ -695,12 +654,11 @@ class CocoPose(Dataset):
         width, height = self.annotations.sizes[index].tolist()
         zoom = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
         try:
-            image, shrink = self.cache.read(index, path, width, height, zoom) if self.cache else \
-                open_image(path, width, height, zoom)
+            image, shrink = (self.cache.read(index, path, width, height, zoom) if self.cache else
+                             open_image(path, width, height, zoom))
         except UNREADABLE as error:
             raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
-        mean = image[::16, ::16].mean((0, 1))                                     # (3,)
-        color = random_color(mean, rng, self.augment)
+        color = random_color(image[::16, ::16].mean((0, 1)), rng, self.augment)
         warp(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region,
              None if np.array_equal(color, np.eye(3, 4)) else color)
 
@@ -708,55 +666,48 @@ class CocoPose(Dataset):
                    region: np.ndarray) -> None:
         """The same for the pixels of people. A box that holds others is unknown: a crowd, or
         somebody without a segmentation."""
-        a, rows = self.annotations, self.rows(index)
+        a, rows = self.annotations, slice(*self.annotations.offsets[index:index + 2])
         width, height = a.sizes[index].tolist()
         pixels = np.zeros((height, width), np.uint8)
         for x1, y1, x2, y2 in a.boxes[rows][~a.masked[rows]].round().astype(int).clip(0):
             pixels[y1:y2, x1:x2] = 2
-        runs = a.masks[a.mask_offsets[index]:a.mask_offsets[index + 1]]
+        runs = a.masks[slice(*a.mask_offsets[index:index + 2])]
         if runs:
             pixels[coco_mask.decode({"size": [height, width], "counts": runs}) > 0] = 1
         warp(canvas, pixels[..., None], matrix, region, fill=0, mode="nearest")
 
     def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
-        """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut.
-
-        Keypoints outside region (4,) px become unlabeled. Somebody with none left, or with a box
-        under 1 px^2, keeps a box: neither person nor background. Who is out of view is dropped.
-        """
-        a, rows = self.annotations, self.rows(index)
-        boxes, keypoints, crowd = a.boxes[rows], a.keypoints[rows], a.crowd[rows]
-        corners = move(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), matrix)   # (M, 4, 2)
-        low, high = region[:2], region[2:]
-        corners = corners.clip(low, high)
+        """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut: outside
+        region (4,) px keypoints become unlabeled. Somebody with none left, or with a box under
+        1 px^2, keeps a box: neither person nor background. Who is out of view is dropped."""
+        a, rows = self.annotations, slice(*self.annotations.offsets[index:index + 2])
+        low, high, crowd = region[:2], region[2:], a.crowd[rows]
+        corners = a.boxes[rows][:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+        corners = move(corners, matrix).clip(low, high)                               # (M, 4, 2)
         boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)              # (M, 4)
-        xy = move(keypoints[..., :2], matrix)                                         # (M, K, 2)
-        labeled = (keypoints[..., 2] > 0) & ((xy >= low) & (xy < high)).all(-1)       # (M, K)
         width, height = (boxes[:, 2:] - boxes[:, :2]).T
-        labeled &= (width * height >= 1)[:, None]
-        visibility = np.where(labeled, keypoints[..., 2], 0)[..., None]               # (M, K, 1)
-        keypoints = np.concatenate([np.where(labeled[..., None], xy, 0), visibility], -1)
+        xy, v = move(a.keypoints[rows, :, :2], matrix), a.keypoints[rows, :, 2]  # (M, K, 2), (M, K)
+        labeled = (v > 0) & ((xy >= low) & (xy < high)).all(-1) & (width * height >= 1)[:, None]
+        keypoints = np.where(labeled[..., None], np.concatenate([xy, v[..., None]], -1), 0)
         if np.linalg.det(matrix[:2, :2]) < 0:
             keypoints = keypoints[:, self.skeleton.flip]
         keep = (width > 0) & (height > 0)
         if not self.keep_ignored:
-            keep, crowd = keep & labeled.any(1), np.zeros_like(crowd)
+            keep, crowd = keep & keypoints[..., 2].any(1), np.zeros_like(crowd)
         return boxes[keep].astype(np.float32), keypoints[keep].astype(np.float32), crowd[keep]
 
 
 def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images (B, 3, S, S) uint8 and targets: boxes (B, M, 4), keypoints (B, M, K, 3), crowd (B, M).
-
-    M is the batch's largest, at least 1; rows without a person are 0. image_id (B,), matrix
-    (B, 2, 3), mask (B, S/2, S/2) if there is one, and the list `bad` come along.
-    """
+    """Images (B, 3, S, S) uint8 and targets: boxes (B, M, 4), keypoints (B, M, K, 3), crowd (B, M),
+    image_id (B,), matrix (B, 2, 3), mask (B, S/2, S/2) if there is one, and the list `bad`.
+    M is the batch's largest, at least 1; rows without a person are 0."""
     targets = {"bad": [error for s in samples for error in s["bad"]],
                "image_id": torch.tensor([s["image_id"] for s in samples])}
     for name in ("boxes", "keypoints", "crowd"):
         rows = [torch.from_numpy(s[name]) for s in samples]
-        one = rows[0].new_zeros(1, *rows[0].shape[1:])  # as the last sample it makes M at least 1
-        targets[name] = pad_sequence([*rows, one], batch_first=True)[:-1]              # (B, M, ...)
-    for name in {"matrix", "mask"} & samples[0].keys():
+        rows.append(rows[0].new_zeros(1, *rows[0].shape[1:]))  # makes M at least 1
+        targets[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)[:-1]        # (B, M, ...)
+    for name in ("matrix", "mask") if "mask" in samples[0] else ("matrix",):
         targets[name] = torch.from_numpy(np.stack([s[name] for s in samples]))
     images = torch.stack([torch.from_numpy(s["image"]).permute(2, 0, 1) for s in samples])
     return images, targets                                                            # (B, 3, S, S)
@@ -771,7 +722,7 @@ def random_size(size: int, gain: float, seed: int, step: int) -> int:
     return 32 * int(np.random.default_rng((seed, step, size)).integers(max(low, 1), high + 1))
 
 
-def resize(images: Tensor, targets: dict, size: int) -> tuple[Tensor, dict]:
+def resize(images: Tensor, targets: dict[str, Tensor], size: int) -> tuple[Tensor, dict]:
     """Images (B, 3, S, S) and their targets at another size, on their device."""
     zoom = size / images.shape[-1]
     if zoom == 1:
@@ -789,9 +740,8 @@ def resize(images: Tensor, targets: dict, size: int) -> tuple[Tensor, dict]:
 class Stream:
     """Batches of (epoch, index) from step `start` on of an endless stream of shuffled epochs.
 
-    Step k takes positions k G to (k + 1) G - 1 of the stream, G = batch_size * world_size *
-    accumulate, so there is no tail, and the order depends on the seed and G alone. Each step is
-    `accumulate` batches; this process is number `rank` of world_size.
+    Step k takes positions k G to (k + 1) G - 1 of it, G = batch_size * world_size * accumulate, so
+    the order depends on the seed and G alone. A step is `accumulate` batches for each process.
     """
 
     def __init__(self, images: int, seed: int, batch_size: int, start: int = 0,
