@@ -184,7 +184,7 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
         runs = isinstance(shape, dict) and shape.get("size") == size and shape.get("counts")
         polygons = isinstance(shape, list) and all(
             isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
-                isinstance(v, Number) and abs(v) < 1e6 for v in p) for p in shape)
+                isinstance(v, (int, float)) and abs(v) < 1e6 for v in p) for p in shape)
         if isinstance(runs, str):
             parts.append(shape)
         elif polygons or isinstance(runs, list) and size[0] * size[1] == sum(
@@ -309,11 +309,12 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
         flip[a], flip[b] = b, a
     default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
     sigmas = sigmas or category.get("sigmas") or default
-    if len(sigmas) != len(names) or min(sigmas) <= 0:
-        raise ValueError(f"{len(sigmas)} sigmas for {len(names)} keypoints; expected one positive "
-                         f"number for each of {', '.join(names)}")
+    right = isinstance(sigmas, list) and all(isinstance(s, (int, float)) for s in sigmas)
+    if not right or len(sigmas) != len(names) or min(sigmas) <= 0:
+        raise ValueError(f"{len(sigmas) if right else 'wrong'} sigmas for {len(names)} keypoints; "
+                         f"expected one positive number for each of {', '.join(names)}")
     edges = category.get("skeleton") or []
-    if not all(isinstance(edge, list) and len(edge) == 2 and all(
+    if not isinstance(edges, list) or not all(isinstance(edge, list) and len(edge) == 2 and all(
             isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):
         raise ValueError(f"skeleton {str(edges)[:60]}, expected pairs of keypoints, counted from 1 "
                          f"to {len(names)}")
@@ -543,8 +544,7 @@ class Cache:
                     os.posix_fallocate(f.fileno(), 0, total)
                 except OSError as error:
                     os.remove(path)
-                    raise OSError(f"{takes}: {path}: {error.strerror}; use --cache ram or none"
-                                  ) from None
+                    raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None
             array = np.memmap(path, np.uint8, "r+")
         self.pixels, self.there = np.split(array, self.offsets[-1:])
 
@@ -707,8 +707,9 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = [torch.from_numpy(s[name]) for s in samples]
         rows.append(rows[0].new_zeros(1, *rows[0].shape[1:]))  # makes M at least 1
         targets[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)[:-1]        # (B, M, ...)
-    for name in ("matrix", "mask") if "mask" in samples[0] else ("matrix",):
-        targets[name] = torch.from_numpy(np.stack([s[name] for s in samples]))
+    for name in ("matrix", "mask"):
+        if name in samples[0]:
+            targets[name] = torch.from_numpy(np.stack([s[name] for s in samples]))
     images = torch.stack([torch.from_numpy(s["image"]).permute(2, 0, 1) for s in samples])
     return images, targets                                                            # (B, 3, S, S)
 

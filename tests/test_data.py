@@ -445,6 +445,11 @@ def test_flip_pairs_and_sigmas_come_from_names_the_json_or_flags():
             read_skeleton(coco, bad)
     with pytest.raises(ValueError, match="2 sigmas for 4 keypoints"):
         read_skeleton(coco, sigmas=[1, 1])
+    for key, bad, message in (("sigmas", 5, "wrong sigmas"), ("sigmas", ["x"] * 4, "wrong sigmas"),
+                              ("skeleton", 5, "skeleton 5"), ("skeleton", [[0, 1]], "skeleton")):
+        with pytest.raises(ValueError, match=message):
+            read_skeleton({"categories": [{**coco["categories"][0], key: bad}]})
+    assert read_skeleton({"categories": [{**coco["categories"][0], "skeleton": None}]}).edges == []
 
 
 IMAGE = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
