@@ -199,6 +199,14 @@ def svg_column(charts: list[str]) -> str:
             f'viewBox="0 0 {width} {y}">{out}</svg>\n')
 
 
+def svg_curves(curves: dict[str, list[tuple[float, float]]]) -> str:
+    """Rates and, below them, the momentum by optimizer step: schedule.curves in one SVG."""
+    rates = {name: points for name, points in curves.items() if name != "momentum"}
+    return svg_column([
+        svg_chart(rates, "learning rate by optimizer step", width=720),
+        svg_chart({"momentum": curves["momentum"]}, "momentum (Adam: beta1)", width=720)])
+
+
 def html_table(header: list[str], rows: list[list]) -> str:
     """A table that scrolls inside its box, floats with four digits."""
     def line(tag: str, values: list) -> str:

@@ -1,8 +1,8 @@
 """The YOLO-NAS-Pose network and the meaning of its outputs.
 
 Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), BatchNorm over processes,
-and the reading of weight files, ours and official ones. Knows nothing about targets, losses,
-thresholds or images.
+and files of weights: ours, read and written, and official ones. Knows nothing about targets,
+losses, thresholds or images.
 
 Read in this order: SIZES, QARepVGG, CSPLayer, Backbone, Neck, Head, RawOutput, decode, YoloNasPose.
 
@@ -15,6 +15,7 @@ Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101
         QARepVGG, the norm after the sum              https://arxiv.org/abs/2212.01593
         distances as distributions (GFL)              https://arxiv.org/abs/2006.04388
 """
+import itertools
 import math
 import os
 import pickle
@@ -498,21 +499,49 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     return state, file
 
 
-def load_weights(model: nn.Module, path: str) -> dict[str, list[str]]:
+def rows_by_name(state: dict[str, Tensor], own: dict[str, Tensor], names: list[str],
+                 old_names: list[str]) -> list[str]:
+    """Cut state's last layers, made for keypoints old_names, to names, in place: rows of the same
+    name, and own's for new ones. Returns the names of these tensors.
+    """
+    same = [(i, old_names.index(name)) for i, name in enumerate(names) if name in old_names]
+    done = []
+    for head, (kind, first, each) in itertools.product(("head1", "head2", "head3"), (
+            ("cls", 1, 1), ("pose", 0, 2))):  # rows before the keypoints', rows of each keypoint
+        for part in ("weight", "bias"):
+            name = f"heads.{head}.{kind}_pred.{part}"
+            old, new = state.get(name), own[name].clone()
+            if (same and old is not None and old.shape[1:] == new.shape[1:]
+                    and len(old) == first + each * len(old_names)):
+                new[:first] = old[:first]
+                for i, j in same:
+                    new[first + i * each:][:each] = old[first + j * each:][:each]
+                state[name] = new
+                done.append(name)
+    return done
+
+
+def load_weights(model: nn.Module, path: str, names: list[str] = [],
+                 official_names: list[str] = []) -> dict[str, list[str]]:
     """Copy the tensors of a checkpoint that fit by name and shape into the model.
 
-    Returns the names under loaded; skipped, for another shape; missing, in the model alone;
-    unused, in the file alone. Raises ValueError as read_weights does, or if nothing fits.
+    names are the model's keypoints; where the file's (official_names if it has none) are others,
+    the last layers take the rows of those in both. Returns the names of tensors under loaded; in
+    part; skipped, for another shape; missing, in the model alone; unused, in the file alone; and
+    the new keypoints. Raises ValueError as read_weights does, or if nothing fits.
     """
-    state, own = read_weights(path)[0], model.state_dict()
+    (state, file), own = read_weights(path), model.state_dict()
+    old_names = file["skeleton"]["names"] if "skeleton" in file else official_names
+    part = rows_by_name(state, own, names, old_names) if names != old_names else []
     fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
     if not fits:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")
     model.load_state_dict(fits, strict=False)
-    return {"loaded": [n for n in own if n in fits],
+    return {"loaded": [n for n in own if n in fits and n not in part], "in part": part,
             "skipped": [n for n in own if n in state and n not in fits],
             "missing": [n for n in own if n not in state],
-            "unused": sorted(set(state).difference(own))}
+            "unused": sorted(set(state).difference(own)),
+            "new keypoints": [n for n in names if n not in old_names] if part else []}
 
 
 def write_atomically(path: str, content: dict) -> None:

@@ -1,6 +1,6 @@
 """What changes as training goes on: learning rate, weight average, when to stop.
 
-Owns the schedule, the scaling of the rate with the batch, the parameter groups, EMA and
+Owns the schedule, the scaling of the rate with the batch, the optimizer and its groups, EMA and
 EarlyStopping. The rate depends on the step alone, so a resumed run needs none of its state; EMA
 and EarlyStopping do remember, and have a state_dict. Imports only torch.
 
@@ -121,7 +121,8 @@ def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
     return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
 
 
-def make_plan(args: argparse.Namespace, images: int, global_batch: int) -> tuple[dict[int, int], Plan]:
+def make_plan(args: argparse.Namespace, images: int,
+              global_batch: int) -> tuple[dict[int, int], Plan]:
     """epoch_ends, and the plan of the learning rate.
 
     args are train.py's flags. Raises ValueError for what cannot be.

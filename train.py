@@ -40,11 +40,11 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import (FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
+from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
                   CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
-from draw import Log, print_plan, svg_chart, svg_column, write_text
+from draw import Log, print_plan, svg_curves, write_text
 from evaluate import (evaluate, extremes, from_rank_0, gather, load_model, quiet_coco, save_people,
                       to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
@@ -331,6 +331,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
     """Training set, validation set, and the latter's labels. Raises ValueError and OSError."""
+    random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
     if not args.data and not args.train_json:
         args.data = "drawn_people"
         from_rank_0(draw_dataset(args.data) if rank == 0 else None)  # the others wait
@@ -569,16 +570,19 @@ def lock(out: str) -> int:
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
-               ) -> tuple[YoloNasPose, YoloNasPose | None, dict[str, list[str]]]:
-    """The network, the same on every process; its teacher; and load_weights' report."""
-    if args.compile and dist.is_initialized() and device.type == "cuda" and not args.no_sync_bn:
+               ) -> tuple[YoloNasPose, YoloNasPose | None, PoseLoss, dict[str, list[str]]]:
+    """The network, the same on every process; its teacher; its loss; and load_weights' report."""
+    sync = dist.is_initialized() and dist.get_world_size() > 1 and not args.no_sync_bn
+    if args.compile and device.type == "cuda" and sync:
         raise ValueError("--compile cannot trace norms that are synced over GPUs; add "
                          "--no-sync-bn, or leave --compile out")
     place = {"device": device, "dtype": torch.float64 if args.double else torch.float32,
              "memory_format": torch.channels_last}
     torch.manual_seed(args.seed)
     model, teacher = YoloNasPose(args.model, len(skeleton.names), args.mask), None
-    report = load_weights(model, args.weights) if args.weights and not args.resume else {}
+    report = {}
+    if args.weights and not args.resume:
+        report = load_weights(model, args.weights, skeleton.names, COCO_NAMES)
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
         names = file["skeleton"]["names"]
@@ -586,7 +590,11 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
             raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
                              f"expected those of the data: {', '.join(skeleton.names)}")
         teacher = teacher.fuse().to(**place)
-    return model.to(**place), teacher, report
+    criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
+                         LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
+                         reference=args.recipe == "reference", label_smoothing=args.label_smoothing)
+    model = model.to(**place)
+    return sync_batch_norm(model) if sync else model, teacher, criterion, report
 
 
 def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) -> None:
@@ -694,18 +702,6 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
                              {**content, "model": model.state_dict(), "AP": metrics["AP"]})
 
 
-def dry_run(args: argparse.Namespace, train_set: CocoPose, curves: dict) -> None:
-    """Say what is in the data and draw what the optimizer will be told, for --dry-run.
-
-    curves  what changes by step: {name: [(step, value), ...]}
-    """
-    for line in describe(train_set):
-        print(line)
-    momentum = svg_chart({"momentum": curves.pop("momentum")}, "momentum (Adam: beta1)", width=720)
-    rates = svg_chart(curves, "learning rate by optimizer step", width=720)
-    write_text(f"{args.out}/curves.svg", svg_column([rates, momentum]))
-
-
 def main() -> None:
     args = parse_args()
     try:
@@ -717,22 +713,15 @@ def main() -> None:
             torch.use_deterministic_algorithms(True)
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
-        model, teacher, report = make_model(args, skeleton, device)
-        criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
-                             LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
-                             reference=args.recipe == "reference",
-                             label_smoothing=args.label_smoothing)
+        model, teacher, criterion, report = make_model(args, skeleton, device)
         terms = TERMS + MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
         global_batch = cut_batch(args, saved, world_size)
-        random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
         ends, plan = make_plan(args, images, global_batch)
         total_steps = plan.total_steps
         held = lock(args.out) if rank == 0 else None  # as long as this variable lives
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
-    if world_size > 1 and not args.no_sync_bn:
-        model = sync_batch_norm(model)
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 3)
     groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
@@ -773,8 +762,9 @@ def main() -> None:
             args, source, report, skeleton, (images, len(val_set)), (world_size, global_batch),
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
         if args.dry_run:
-            dry_run(args, train_set, curves(scheduler, plan, warmup, args.warmup_momentum,
-                                            args.momentum))
+            print(*describe(train_set), sep="\n")
+            write_text(f"{args.out}/curves.svg", svg_curves(curves(
+                scheduler, plan, warmup, args.warmup_momentum, args.momentum)))
     if not saved:
         save()  # from here on --resume works
         if rank == 0:
@@ -798,12 +788,11 @@ def main() -> None:
         freeze(model, args.freeze, at.step * global_batch // images, args.epochs)
         set_momentum(optimizer, plan, warmup, at.step, args.warmup_momentum, args.momentum)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
+        size = random_size(args.image_size, args.multi_scale, args.seed, at.step + at.skipped)
+        tolerance = sigma_scale(at.step, widen_steps, args.sigma_start)
         try:
             result = train_step(model, teacher, criterion, batches, optimizer, scaler, gradients,
-                                args, random_size(args.image_size, args.multi_scale, args.seed,
-                                                  at.step + at.skipped),
-                                sigma_scale(at.step, widen_steps, args.sigma_start),
-                                bool(asked) or orphaned)
+                                args, size, tolerance, bool(asked) or orphaned)
         except torch.OutOfMemoryError:
             out_of_memory(args)
         if result.bad:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from data import COCO_NAMES
 from model import (BINS, CSPLayer, QARepVGG, RawOutput, YoloNasPose, decode, load_weights,
                    make_anchors, read_weights)
 from reference import INPUTS, committed, full, image, official_shapes, official_state
@@ -216,6 +217,26 @@ def test_another_number_of_keypoints_skips_what_depends_on_it(official_n):
                                       for kind in ("cls", "pose") for part in ("weight", "bias")}
     assert set(report["skipped"]) | set(report["loaded"]) == set(model.state_dict())
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in report["loaded"])
+
+
+@pytest.mark.parametrize("names", [COCO_NAMES[::-1], ["tail", *COCO_NAMES[5:9], "nose"], ["nose"]])
+def test_keypoints_of_the_same_name_are_kept_and_speak_as_before(official_n, names):
+    """In any order: their outputs are the bits of the network that the file holds."""
+    old, new = YoloNasPose("n").eval(), YoloNasPose("n", len(names)).eval()
+    load_weights(old, official_n)
+    report = load_weights(new, official_n, names, COCO_NAMES)
+    assert len(report["in part"]) == 12 and not report["skipped"]
+    assert report["new keypoints"] == [name for name in names if name == "tail"]
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        was, now = old(x), new(x)
+    torch.testing.assert_close(now.cls_logits, was.cls_logits, rtol=0, atol=1e-5)
+    for i, name in enumerate(names):
+        if name != "tail":
+            for kind in ("kpt_offsets", "kpt_logits"):
+                torch.testing.assert_close(getattr(now, kind)[:, :, i],
+                                           getattr(was, kind)[:, :, COCO_NAMES.index(name)],
+                                           rtol=0, atol=1e-4)
 
 
 def test_averaged_files_count_batches_in_floats(tmp_path):
