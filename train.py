@@ -94,7 +94,7 @@ def numbers(text: str) -> list[float]:
 def factors(text: str) -> dict[str, float]:
     """Flag values like backbone=0.1,neck=0.5."""
     found = dict(item.split("=") for item in text.split(","))
-    if not found.keys() <= {"backbone", "neck", "heads"} or len(found) < len(text.split(",")):
+    if not found.keys() <= {"backbone", "neck", "heads", "mask"} or len(found) < len(text.split(",")):
         raise ValueError
     return {part: float(factor) for part, factor in found.items()}
 

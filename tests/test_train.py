@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data import MOSAIC_HEAVY, DataError, collate
+from data import MOSAIC_HEAVY, DataError, Skeleton, collate
 from evaluate import load_model
 from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
 from schedule import epoch_ends
-from train import (DEMO, RECIPES, epochs_of, fill_recipe, flat_gradients, freeze, main, mean_of,
-                   note_bad, open_data, parse_args, train_step)
+from train import (DEMO, RECIPES, epochs_of, fill_recipe, flat_gradients, freeze, main, make_model,
+                   mean_of, note_bad, open_data, parse_args, train_step)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -130,6 +130,18 @@ def test_start_weights_are_loaded_and_listed(small):
                "--max-steps", 1, "--weights", small / "run" / "best.pt")
     assert done.returncode == 0, done.stderr
     assert "weights loaded 886" in " ".join(done.stdout.split())
+
+
+def test_weights_of_other_keypoints_are_taken_by_name(small):
+    args = parse_args(["--data", str(small / "people"), "--weights", str(small / "run/best.pt")])
+    fill_recipe(args)
+    skeleton = Skeleton(["tail", "left_eye"], [0, 1], [], [0.05, 0.05])
+    model, _, _, report = make_model(args, skeleton, torch.device("cpu"))
+    assert report["new keypoints"] == ["tail"] and not report["skipped"]
+    file = torch.load(small / "run" / "best.pt", weights_only=True)
+    for name in report["in part"]:
+        assert torch.equal(model.state_dict()[name][-1], file["model"][name][
+            2 if "cls" in name else 3])  # the second keypoint of COCO: after the person, and its y
 
 
 def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
