@@ -54,9 +54,10 @@ NOTES = {"Loss": "Rises while the keypoint tolerance narrows (--sigma-epochs): w
 
 def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, names: list[str],
                 edges: list[list[int]], scores: Sequence[float] | None = None,
-                min_score: float = 0.3) -> Image.Image:
+                flip: list[int] | None = None, min_score: float = 0.3) -> Image.Image:
     """A copy of the image with one skeleton and box a person: left orange, right blue, else green.
 
+    Of a pair of flip (Skeleton's) that is not called left and right, the first counts as left.
     boxes (M, 4) and keypoints (M, K, 3) in px; the third number is a visibility (labels: 0 is not
     drawn, 1 is hollow) or, with scores (M,) of predictions, a score: under min_score not drawn.
     """
@@ -64,8 +65,11 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
     pen, side = ImageDraw.Draw(image), max(image.size)
     width, font = max(round(side / 240), 1), max(11, side // 34)
     rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, for any ground
-    colors = [LEFT if name.startswith("left") else RIGHT if name.startswith("right") else MIDDLE
-              for name in names]
+    colors = []
+    for i, j in enumerate(flip or range(len(names))):
+        left = names[i].startswith("left") or i < j and not names[j].startswith("left")
+        right = names[i].startswith("right") or i != j
+        colors.append(LEFT if left else RIGHT if right else MIDDLE)
     for i, ((x1, y1, x2, y2), person) in enumerate(zip(np.asarray(boxes).tolist(), keypoints)):
         seen = person[:, 2] > (0 if scores is None else min_score)
         lines = [([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], BOX if seen.any() else IGNORED)]
@@ -166,6 +170,8 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
         parts.append(f'<line class="grid" x1="{left}" y1="{at}" x2="{right}" y2="{at}"/>'
                      f'<text x="{left - 7}" y="{at}" dy="4" text-anchor="end">{short(y)}</text>')
     for x in ticks(start, end):
+        if log2_x and x % 1:
+            continue
         x = 2 ** x if log2_x else x
         at, _ = place(x, 0)
         parts.append(f'<text x="{at}" y="{bottom + 17}" text-anchor="middle">{short(x)}</text>')
@@ -372,6 +378,7 @@ class Log:
         self.speaks, self.every, self.terms = rank == 0, args.log_every, terms
         self.path = os.path.join(args.out, "log.jsonl") if rank == 0 and not args.dry_run else None
         self.total_steps, self.global_batch, self.images = total_steps, global_batch, images
+        self.last = total_steps if args.dry_run else min(total_steps, args.max_steps or total_steps)
         self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
         self.taken, self.waited, self.interval = 0, 0.0, time.monotonic()  # by this process alone
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
@@ -414,7 +421,8 @@ class Log:
         state = "stopped early" if early else "done" if step >= self.total_steps else "stopped"
         ap = f"best AP {best:.4f}" if best > 0 else f"AP under 0.001, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {best_epoch}" if best_epoch else "not evaluated yet"
-        print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}")
+        more = f"; go on with --resume --out {out}" if self.path and state == "stopped" else ""
+        print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:
         """Report a train.Step that changed nothing. Return what was not finite."""
@@ -442,7 +450,7 @@ class Log:
                     "scores": score_sum / self.steps / self.global_batch, "lr": lr,
                     "grad_norm": result.norm, "img_s": rate, "data_wait": waited,
                     "memory_gb": memory})
-        minutes = (self.total_steps - step) * self.global_batch / rate / 60
+        minutes = (self.last - step) * self.global_batch / rate / 60
         named = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
         print(f"epoch {epoch:.2f}  step {step}/{self.total_steps}  loss {loss:.3f} ({named})  "
               f"lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  data {waited:.0%}  "
@@ -470,17 +478,20 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     for name, tensors in report.items():
         some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")
         lines += [f"weights {name} {len(tensors)}{some}"] if tensors else []
-    pairs = sum(i < other for i, other in enumerate(skeleton.flip))
-    advice = "" if pairs else " (is there left and right? --flip-pairs)"
+    pairs = [f"{skeleton.names[i]}-{skeleton.names[j]}"
+             for i, j in enumerate(skeleton.flip) if i < j]
+    pairs = f"{len(pairs)} pairs: {pairs[0]} ... {pairs[-1]}" if pairs else (
+        "0 pairs (is there left and right? --flip-pairs)")
+    scaled = f" from {args.lr:.2e} for {args.lr_batch} images a step, scaling {args.lr_scale}"
+    scaled = scaled if args.lr_scale != "none" else ""
     lines.append(
         f"keypoints     {len(skeleton.names)}, sigmas {min(skeleton.sigmas)} to "
-        f"{max(skeleton.sigmas)} of sqrt(area); a mirror exchanges {pairs} pairs{advice}\n"
+        f"{max(skeleton.sigmas)} of sqrt(area); a mirror exchanges {pairs}\n"
         f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
         f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
         f"micro-batches = {batch[1]}\n"
         f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
-        f"peak lr       {peak_lr:.2e} from {args.lr:.2e} for {args.lr_batch} images a step, "
-        f"scaling {args.lr_scale}\n"
+        f"peak lr       {peak_lr:.2e}{scaled}\n"
         f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
     print(*lines, "ETA           measured on the first steps, see below", sep="\n", flush=True)

@@ -195,6 +195,7 @@ def look(model: nn.Module, images: Tensor, flip: list[int] | None = None,
     image, each weighed by its score; the score is the larger, as a person is often seen by one
     anchor here and by its neighbor there. bf16 is autocast for the network; decoding is float32.
     """
+    images = images.to(next(model.parameters()).device, non_blocking=True)
     x = to_input(images, model)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         raw = model(x)
@@ -257,7 +258,7 @@ def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
         out, _ = look(model, collate(samples)[0])
         people = [people_in(out, b, np.eye(2, 3), conf=0.3) for b in range(len(samples))]
     return [draw_people(Image.fromarray(sample["image"]), boxes, keypoints, skeleton.names,
-                        skeleton.edges, scores)
+                        skeleton.edges, scores, skeleton.flip)
             for sample, (boxes, scores, keypoints) in zip(samples, people)]
 
 
@@ -513,7 +514,7 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     """
     labels, skeleton = read_json(path), Skeleton(**file["skeleton"])
     names = labels["categories"][0]["keypoints"]
-    if "format" not in file and len(names) == len(skeleton.names) != len(COCO_NAMES):
+    if "format" not in file and len(names) == len(skeleton.names):
         skeleton = read_skeleton(labels)  # which an official file leaves to the labels
     if names != skeleton.names:
         raise ValueError(f"the network knows the keypoints {skeleton.names}, {path} has {names}; "
@@ -567,6 +568,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
         "detections, and why AP is what it is; its numbers as FILE.json")
     args = parse(p, argv, 0.01, 16, "metrics", "results", "card")
+    if args.workers < 0:
+        p.error(f"--workers {args.workers} must be 0 or more")
     if not args.data and not (args.json and args.images):
         p.error("give --data DIR, or --json FILE and --images DIR")
     if args.card and not args.card.endswith(".html"):

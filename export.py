@@ -207,6 +207,7 @@ def main() -> None:
         size = file["image_size"]
         if args.data:
             val_set, labels = open_split(*find_split(args.data, args.split), file)
+            file["skeleton"] = val_set.skeleton._asdict()
         some = pixels(val_set, 20) if args.data else list(
             torch.randint(256, (20, 1, 3, size, size), dtype=torch.uint8))
         if args.int8:

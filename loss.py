@@ -221,7 +221,7 @@ class PoseLoss:
                  alpha: float = 1.0, beta: float = 6.0, oks_floor: float = 0.1,
                  reference: bool = False, label_smoothing: float = 0.0):
         self.sigmas, self.weights, self.reference = sigmas, weights, reference
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.terms = label_smoothing, TERMS
         self.topk, self.alpha, self.beta = topk, alpha, beta
         self.oks_floor = 0.0 if reference else oks_floor
 
@@ -256,15 +256,15 @@ class PoseLoss:
         # At most topk anchors a person learn one. Taking that many of highest weight is a fixed
         # number, so nothing waits for the GPU to count; slots left over have weight 0.
         slots = min(self.topk * gt_boxes.shape[1], weight.shape[1])
-        weight, anchor = weight.topk(slots, dim=1)                                # (B, P)
+        share, anchor = weight.topk(slots, dim=1)                                 # (B, P)
         row = take(person, anchor).clamp(min=0)                                   # (B, P)
         terms = self.person_terms(raw, decoded, anchor, take(gt_boxes, row),
-                                  take(gt_keypoints, row), weight, sigmas)
+                                  take(gt_keypoints, row), share, sigmas)
         terms = {"cls": cls, **terms}
         if raw.mask_logits is not None:
             terms["mask"] = mask_loss(raw.mask_logits, targets["mask"])
         return ({name: value * getattr(self.weights, name) for name, value in terms.items()},
-                weight.sum())
+                share.sum())
 
     def person_terms(self, raw, decoded, anchor: Tensor, boxes: Tensor, keypoints: Tensor,
                      weight: Tensor, sigmas: Tensor) -> dict[str, Tensor]:

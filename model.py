@@ -15,7 +15,6 @@ Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101
         QARepVGG, the norm after the sum              https://arxiv.org/abs/2212.01593
         distances as distributions (GFL)              https://arxiv.org/abs/2006.04388
 """
-import itertools
 import math
 import os
 import pickle
@@ -23,6 +22,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -499,40 +499,44 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     return state, file
 
 
+# Layers with rows for each keypoint: how many rows come before these, and how many each has.
+KEYPOINT_ROWS = {"cls_pred": (1, 1), "pose_pred": (0, 2)}
+
+
 def rows_by_name(state: dict[str, Tensor], own: dict[str, Tensor], names: list[str],
                  old_names: list[str]) -> list[str]:
-    """Cut state's last layers, made for keypoints old_names, to names, in place: rows of the same
+    """Cut state's layers of KEYPOINT_ROWS, made for old_names, to names, in place: rows of the same
     name, and own's for new ones. Returns the names of these tensors.
     """
-    same = [(i, old_names.index(name)) for i, name in enumerate(names) if name in old_names]
     done = []
-    for head, (kind, first, each) in itertools.product(("head1", "head2", "head3"), (
-            ("cls", 1, 1), ("pose", 0, 2))):  # rows before the keypoints', rows of each keypoint
-        for part in ("weight", "bias"):
-            name = f"heads.{head}.{kind}_pred.{part}"
-            old, new = state.get(name), own[name].clone()
-            if (same and old is not None and old.shape[1:] == new.shape[1:]
-                    and len(old) == first + each * len(old_names)):
-                new[:first] = old[:first]
-                for i, j in same:
-                    new[first + i * each:][:each] = old[first + j * each:][:each]
-                state[name] = new
-                done.append(name)
+    for name, new in own.items():
+        layer, old = name.split(".")[-2], state.get(name)
+        if layer not in KEYPOINT_ROWS or old is None or old.shape[1:] != new.shape[1:]:
+            continue
+        before, each = KEYPOINT_ROWS[layer]
+        if len(old) == before + each * len(old_names):
+            state[name], done = new.clone(), [*done, name]
+            state[name][:before] = old[:before]
+            for i, keypoint in enumerate(names):
+                if keypoint in old_names:
+                    to, at = (before + each * k for k in (i, old_names.index(keypoint)))
+                    state[name][to:to + each] = old[at:at + each]
     return done
 
 
-def load_weights(model: nn.Module, path: str, names: list[str] = [],
-                 official_names: list[str] = []) -> dict[str, list[str]]:
+def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
+                 official_names: Sequence[str] = ()) -> dict[str, list[str]]:
     """Copy the tensors of a checkpoint that fit by name and shape into the model.
 
     names are the model's keypoints; where the file's (official_names if it has none) are others,
-    the last layers take the rows of those in both. Returns the names of tensors under loaded; in
-    part; skipped, for another shape; missing, in the model alone; unused, in the file alone; and
-    the new keypoints. Raises ValueError as read_weights does, or if nothing fits.
+    the last layers take the rows of those in both, if there are any. Returns the names of tensors
+    under loaded; in part; skipped, for another shape; missing, in the model alone; unused, in the
+    file alone; and the new keypoints. Raises ValueError as read_weights does, or if nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
     old_names = file["skeleton"]["names"] if "skeleton" in file else official_names
-    part = rows_by_name(state, own, names, old_names) if names != old_names else []
+    other = names != old_names and set(names) & set(old_names)
+    part = rows_by_name(state, own, names, old_names) if other else []
     fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
     if not fits:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")

@@ -89,7 +89,7 @@ def draw_enlarged(image: Image.Image, boxes: np.ndarray, scores: np.ndarray, key
     zoom = max(1, 480 / max(image.size))
     image = image.resize([max(round(zoom * side), 1) for side in image.size])
     return draw_people(image, zoom * boxes, keypoints * (zoom, zoom, 1), skeleton["names"],
-                       skeleton["edges"], scores)
+                       skeleton["edges"], scores, skeleton["flip"])
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
 from draw import Log, print_plan, svg_curves, write_text
 from evaluate import (evaluate, extremes, from_rank_0, gather, load_model, quiet_coco, save_people,
                       to_input, val_batches)
-from loss import DISTILL_TERMS, MASK_TERMS, TERMS, LossWeights, PoseLoss
+from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
 from model import (SIZES, YoloNasPose, decode, load_file, load_last, load_weights, save_last,
                    sync_batch_norm, write_atomically)
 from people import draw_dataset
@@ -94,7 +94,8 @@ def numbers(text: str) -> list[float]:
 def factors(text: str) -> dict[str, float]:
     """Flag values like backbone=0.1,neck=0.5."""
     found = dict(item.split("=") for item in text.split(","))
-    if not found.keys() <= {"backbone", "neck", "heads", "mask"} or len(found) < len(text.split(",")):
+    known = {"backbone", "neck", "heads", "mask"}
+    if not found.keys() <= known or len(found) < len(text.split(",")):
         raise ValueError
     return {part: float(factor) for part, factor in found.items()}
 
@@ -119,7 +120,7 @@ FLAGS = {
         ("val-json", str, None, "file"),
         ("val-images", str, None, "folder"),
         ("only-people", bool, False, "train on images with a labeled person only"),
-        ("flip-pairs", str, None, "what a mirror exchanges, A:B,C:D; default: left_* and right_*"),
+        ("flip-pairs", str, None, "names a mirror exchanges, A:B,C:D; default: left_*, right_*"),
         ("sigmas", numbers, None, "spread of each keypoint, as a share of sqrt(area); default: the "
          "json's, COCO's for COCO's names, else 0.05"),
         ("image-size", int, None, "side of the padded input, px"),
@@ -152,7 +153,7 @@ FLAGS = {
         ("recipe", ("nanopose", "reference"), "nanopose",
          "reference: the original's rules for the first steps and for crowds"),
         ("epochs", int, None, "passes over the training images"),
-        ("max-steps", int, None, "stop after so many steps; the schedule stays that of --epochs"),
+        ("max-steps", int, None, "stop here after so many steps; the schedule is that of --epochs"),
         ("batch-size", int, None, "images per process and micro-batch"),
         ("auto-batch", bool, False, "while memory is short, begin again with half the micro-batch"),
         ("accumulate", int, 1, "micro-batches a step"),
@@ -262,9 +263,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
                 f"are needed; --{name.replace('_', '-')} is missing")
     args.out = args.out or OUT  # a run that goes on has its other values there
-    if args.dry_run:
-        args.out, args.log_every = f"{args.out}/dry_run", 20
-        args.max_steps = args.max_steps or 20
+    args.out += "/dry_run" if args.dry_run else ""
     return args
 
 
@@ -282,6 +281,8 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
         rows.append(("sgd", SGD))
     if args.recipe == "reference":
         rows.append(("reference", {"sigma_epochs": 0.0}))
+    if args.dry_run:
+        rows.append(("dry run", {"max_steps": 20, "log_every": 20}))
     if args.workers is None:
         share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rows.append(("machine", {"workers": min(max(share - 1, 1), 8)}))
@@ -304,7 +305,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
     env, gpus, wait = os.environ, torch.cuda.device_count(), datetime.timedelta(minutes=10)
     if "LOCAL_RANK" not in env:
-        return 0, 1, torch.device("cuda" if gpus else "cpu")
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local_rank, rank, world_size = (int(env[n]) for n in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     if 0 < gpus <= local_rank:
         raise ValueError(f"torchrun started local rank {local_rank}, but this machine has {gpus} "
@@ -402,7 +403,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     the terms, how many images were bad, and `stop`, which asks all to stop after this step.
     """
     (flat, tail), waited, image_ids, errors = gradients, 0.0, [], []
-    device = flat.device
+    sums, device = tail[:-2], flat.device  # of scores, criterion.terms; then come bad and stop
     half = torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no")
     flat.zero_()
     statistics = list(model.buffers())
@@ -427,9 +428,9 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
                 raw, decode(raw), told, decode(told), sigma_scale).items()}
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
         scaler.scale(sum(terms.values()) / len(images)).backward()
-        tail[:-2] += torch.stack([score_sum, *terms.values()]).detach()
+        sums += torch.stack([score_sum, *(terms[name] for name in criterion.terms)]).detach()
     tail[-2], tail[-1] = len(errors), stop
-    mine = tail[:-2].clone()
+    mine = sums.clone()
     if dist.is_initialized():
         dist.all_reduce(flat)
         for norm in model.modules() if args.no_sync_bn else ():
@@ -440,10 +441,10 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     scaler.unscale_(optimizer)
     # The one division: by the scores assigned in the whole step, at least 1.
     everything = flat[:-len(tail)]
-    everything *= len(images) / tail[0].clamp(min=1)
+    everything *= len(images) / sums[0].clamp(min=1)
     norm = torch.linalg.vector_norm(everything)
-    *sums, bad, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
-    finite = math.isfinite(norm) and all(map(math.isfinite, sums))
+    *total, bad, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
+    finite = math.isfinite(norm) and all(map(math.isfinite, total))
     if finite:
         if norm > args.clip_norm:
             everything *= args.clip_norm / norm
@@ -451,7 +452,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     else:
         torch._foreach_copy_(statistics, before)
     scaler.update()
-    return Step(sums, norm, finite, stops > 0, bad > 0, waited, image_ids, mine.tolist(), errors)
+    return Step(total, norm, finite, stops > 0, bad > 0, waited, image_ids, mine.tolist(), errors)
 
 
 def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
@@ -496,6 +497,8 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
                          f"of a run, which nodes must share, or start anew with --weights")
     if not saved:
         return None
+    if rank == 0:
+        print(f"goes on from {args.out}, step {saved['step']}", flush=True)
     args.given = [] if restarted else args.given
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
@@ -510,13 +513,13 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
 def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> int:
     """Set batch_size and accumulate; return the images of a step, which --resume never changes.
 
-    A given --batch-size or --accumulate is kept. Otherwise a resumed run takes the largest batch
-    that divides a process's share: at most what norms have seen so far, and half of one that was
-    out of memory. Raises ValueError if that does not work out.
+    Without --auto-batch a given --batch-size or --accumulate is kept. Otherwise a resumed run takes
+    the largest batch that divides a process's share: at most what norms have seen so far, and half
+    of one that was out of memory. Raises ValueError if that does not work out.
     """
     if not saved:
         return args.batch_size * args.accumulate * world_size
-    total, given = saved["global_batch"], [] if "auto_batch" in args.given else args.given
+    total, given = saved["global_batch"], [] if args.auto_batch else args.given
     share, limit, note = max(total // world_size, 1), args.batch_size, f"{args.out}/out_of_memory"
     if "batch_size" not in given:
         if "accumulate" in given or world_size != saved["world_size"]:
@@ -524,14 +527,14 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
         if os.path.exists(note):
             with open(note) as f:
                 limit = min(limit, int(f.read()))
-        limit = from_rank_0(limit)  # nodes may have disks of their own
+        limit = min(gather(limit))  # nodes may have disks of their own
         args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
     if "accumulate" not in given:
         args.accumulate = share // args.batch_size
     if args.batch_size * args.accumulate * world_size != total:
         raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
                          f"processes x {args.batch_size} images x {args.accumulate} micro-batches; "
-                         f"choose numbers that give {total}, processes that divide it")
+                         f"choose numbers whose product it is")
     return total
 
 
@@ -593,6 +596,7 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
                          LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
                          reference=args.recipe == "reference", label_smoothing=args.label_smoothing)
+    criterion.terms += MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
     model = model.to(**place)
     return sync_batch_norm(model) if sync else model, teacher, criterion, report
 
@@ -714,7 +718,6 @@ def main() -> None:
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
         model, teacher, criterion, report = make_model(args, skeleton, device)
-        terms = TERMS + MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
         total_steps = plan.total_steps
@@ -723,7 +726,8 @@ def main() -> None:
         sys.exit(f"train.py: {error}")
 
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
-    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad], len(terms) + 3)
+    gradients = flat_gradients([p for p in model.parameters() if p.requires_grad],
+                               3 + len(criterion.terms))
     groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
     optimizer = make_optimizer(args.optimizer, groups, args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -731,7 +735,7 @@ def main() -> None:
     if args.compile:  # after the average took its copy
         model.compile(fullgraph=True)
     warmup, stopper = WarmupEnd(plan.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
-    log = Log(args, rank, total_steps, global_batch, images, terms)
+    log = Log(args, rank, total_steps, global_batch, images, criterion.terms)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False, best=[],
@@ -834,6 +838,9 @@ def guarded_main() -> None:
             raise
         sys.exit(f"train.py: {error}; make room, then go on with --resume")
     except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "closed by peer" in str(error):
+            sys.exit(f"train.py: another process of this run is gone; torchrun --max-restarts or "
+                     f"--resume goes on from the last checkpoint: {str(error).splitlines()[0]}")
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"train.py: {str(error).splitlines()[0]} Out of memory, or of shared memory "

@@ -269,7 +269,8 @@ def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch):
 
 
 def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
-    log = Log(Namespace(out=str(tmp_path), dry_run=False, log_every=9), 0, 20, 4, 40, ("cls",))
+    args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
+    log = Log(args, 0, 20, 4, 40, ("cls",))
     log.skip(0, 1, Namespace(sums=[1.0, math.inf]))
     log.report([])
     page = Page((tmp_path / "report.html").read_text())

@@ -327,4 +327,4 @@ def test_torch_compile_traces_the_network_as_a_whole():
     want = copy.deepcopy(model)(images)
     model.compile(fullgraph=True, backend="eager")
     for a, b in zip(model(images), want):
-        assert torch.equal(a, b)
+        assert a is b is None or torch.equal(a, b)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data import COCO_EDGES, COCO_NAMES, read_skeleton
-from draw import draw_people
+from draw import LEFT, MIDDLE, RIGHT, draw_people
 from evaluate import load_model, quiet_coco
 from model import YoloNasPose
 from predict import find_images, main, out_names, predict
@@ -162,6 +162,18 @@ def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, 
     found, out, err = call(monkeypatch, capsys, "--weights", weights, "--out", tmp_path / "o", *flags)
     assert found == code and message in err.splitlines()[-1] and not out
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("names, flip, colors", [
+    (["nose", "left_a", "right_a"], [0, 2, 1], [MIDDLE, LEFT, RIGHT]),
+    (["nose", "right_a", "left_a"], [0, 2, 1], [MIDDLE, RIGHT, LEFT]),
+    (["snout", "finL", "finR"], [0, 2, 1], [MIDDLE, LEFT, RIGHT]),
+    (["snout", "finL", "finR"], [0, 1, 2], [MIDDLE, MIDDLE, MIDDLE])])
+def test_left_is_orange_and_right_blue_also_of_pairs_that_only_flags_name(names, flip, colors):
+    keypoints = np.array([[[30, 20, 2], [60, 50, 2], [90, 80, 2]]])
+    drawn = draw_people(Image.new("RGB", (120, 120)), np.array([[1, 1, 119, 119]]), keypoints, names,
+                        [], flip=flip)
+    assert [drawn.getpixel((x, y)) for x, y, _ in keypoints[0].tolist()] == colors
 
 
 @pytest.mark.parametrize("ground", ["black", "white"])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 844, "model": 586, "loss": 320, "data": 783, "schedule": 292, "evaluate": 625,
-         "draw": 504, "people": 184, "predict": 146, "export": 244}
+LINES = {"train": 851, "model": 590, "loss": 320, "data": 783, "schedule": 292, "evaluate": 628,
+         "draw": 515, "people": 184, "predict": 146, "export": 245}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
               "evaluate": {"model", "data", "draw"}}
@@ -34,7 +34,7 @@ def test_imports_form_a_tree_of_known_packages(name):
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_and_functions_can_be_read(name):
     text = (ROOT / f"{name}.py").read_text().splitlines()
-    assert len(text) <= LINES[name]
+    assert len(text) <= LINES[name], f"{len(text)} lines; if they must be, raise LINES[{name!r}]"
     assert max(map(len, text)) <= 100
     for node in ast.walk(FILES[name]):
         if isinstance(node, ast.FunctionDef):

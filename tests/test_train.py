@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
 from schedule import epoch_ends
-from train import (DEMO, RECIPES, epochs_of, fill_recipe, flat_gradients, freeze, main, make_model,
-                   mean_of, note_bad, open_data, parse_args, train_step)
+from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
+                   make_model, mean_of, note_bad, open_data, parse_args, train_step)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -292,6 +293,19 @@ def test_a_frozen_part_keeps_every_bit_and_thaws():
     assert stem + "branch_3x3.conv.weight" in moved[0] and stem + "post_bn.weight" not in moved[1]
     assert {stem + "post_bn.weight", stem + "post_bn.running_mean"} <= moved[2]
     assert moved[3] and not any(name.startswith("backbone") for name in moved[3])
+
+
+@pytest.mark.parametrize("given, auto, accumulate, batch", [
+    ([], False, 2, (2, 4)), (["batch_size"], False, 2, (4, 2)), (["accumulate"], False, 4, (2, 4)),
+    (["batch_size", "accumulate"], True, 2, (2, 4))])
+def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumulate, batch):
+    """The note of a run whose memory 4 were too many for counts, but not against a flag given anew;
+    with --auto-batch the flags are those of the start, so it does."""
+    (tmp_path / "out_of_memory").write_text("2")
+    args = Namespace(out=str(tmp_path), batch_size=4, accumulate=accumulate, auto_batch=auto,
+                     given=given)
+    assert cut_batch(args, {"global_batch": 8, "world_size": 1}, 1) == 8
+    assert (args.batch_size, args.accumulate) == batch
 
 
 def test_evaluation_comes_after_the_step_that_completes_an_epoch():
