@@ -838,9 +838,9 @@ def guarded_main() -> None:
             raise
         sys.exit(f"train.py: {error}; make room, then go on with --resume")
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "closed by peer" in str(error):
-            sys.exit(f"train.py: another process of this run is gone; torchrun --max-restarts or "
-                     f"--resume goes on from the last checkpoint: {str(error).splitlines()[0]}")
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            sys.exit(f"train.py: another process of this run is gone or stuck; --resume (torchrun "
+                     f"by itself) goes on from the last checkpoint: {str(error).splitlines()[0]}")
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"train.py: {str(error).splitlines()[0]} Out of memory, or of shared memory "

@@ -170,8 +170,10 @@ def data(tmp_path_factory) -> Path:
 
 def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
            steps: int = 5, **how) -> Path:
-    train("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps, "--workers", 0,
-          "--batch-size", batch, "--accumulate", accumulate, *more, processes=processes, **how)
+    said = train("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps,
+                 "--workers", 0, "--batch-size", batch, "--accumulate", accumulate, *more,
+                 processes=processes, **how)
+    (out / "said").write_text(said)
     return out
 
 
@@ -301,6 +303,9 @@ def test_a_dead_process_restarts_all_and_the_result_is_the_same(data, tmp_path):
     two = run_of(data, tmp_path / "killed", 2, 2, 1, "--save-every", 1, steps=6,
                  patch=KILL_RANK_1_TWICE, restarts=3)
     assert {p.name for p in data.parent.glob("killed?")} == {"killed0", "killed1"}
+    said = (two / "said").read_text()
+    assert said.count("another process of this run is gone") == 2 and "Traceback" not in said
+    assert said.count(f"goes on from {two}, step") == 2
     said = train("--data", data, "--out", two, "--seed", 7, processes=2, restarts=1, code=1)
     assert "already holds a run" in said  # and its restart is not taken for one of that run
     assert checkpoint(two)["args"]["seed"] == 0
