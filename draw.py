@@ -379,6 +379,7 @@ class Log:
         self.path = os.path.join(args.out, "log.jsonl") if rank == 0 and not args.dry_run else None
         self.total_steps, self.global_batch, self.images = total_steps, global_batch, images
         self.last = total_steps if args.dry_run else min(total_steps, args.max_steps or total_steps)
+        self.marks = (5, args.max_steps if args.dry_run else total_steps)  # report these steps, too
         self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
         self.taken, self.waited, self.interval = 0, 0.0, time.monotonic()  # by this process alone
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
@@ -435,11 +436,11 @@ class Log:
         return ", ".join(bad)
 
     def step(self, step: int, result, lr: float, memory: float) -> None:
-        """Take in a train.Step; every --log-every steps, and first at step 5, report. memory: GB"""
+        """Take in a train.Step; every --log-every steps, and at self.marks, report. memory: GB"""
         self.sums = [a + b for a, b in zip(self.sums, result.sums)]
         self.steps, self.taken = self.steps + 1, self.taken + 1
         self.waited += result.waited
-        if not self.speaks or (step % self.every and step not in (5, self.total_steps)):
+        if not self.speaks or (step % self.every and step not in self.marks):
             return
         seconds = time.monotonic() - self.interval
         score_sum, *sums = self.sums
@@ -451,10 +452,11 @@ class Log:
                     "grad_norm": result.norm, "img_s": rate, "data_wait": waited,
                     "memory_gb": memory})
         minutes = (self.last - step) * self.global_batch / rate / 60
+        eta = f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
         named = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
         print(f"epoch {epoch:.2f}  step {step}/{self.total_steps}  loss {loss:.3f} ({named})  "
               f"lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  data {waited:.0%}  "
-              f"{memory:.1f} GB  ETA {minutes:.1f} min", flush=True)
+              f"{memory:.1f} GB  ETA {eta}", flush=True)
         self.sums, self.steps, self.waited, self.taken = [0.0] * len(self.sums), 0, 0.0, 0
         self.interval = time.monotonic()
 
@@ -469,7 +471,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     """
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-    lines = [f"command       {launcher} {shlex.join(sys.argv)}"]
+    lines = [f"goes on from  {args.out}, step {steps[1]}"] if steps[1] else []
+    lines.append(f"command       {launcher} {shlex.join(sys.argv)}")
     for origin in dict.fromkeys(source.values()):
         values = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in source
                            if source[name] == origin and getattr(args, name) is not None)

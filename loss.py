@@ -52,12 +52,13 @@ def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Ten
     labeled = labeled.to(pred.dtype)                                              # (..., K)
     total = pred.new_zeros(())
     for k in range(len(sigmas)):
-        dx = pred[..., k, 0] - target[..., k, 0]                                  # (...) px
-        dy = pred[..., k, 1] - target[..., k, 1]                                  # (...) px
         tolerance = 8 * sigmas[k].square() * (area + EPS)                         # (...) px^2
-        exponent = torch.addcmul(dx * dx, dy, dy) * (-1 / tolerance)
-        # Where exp underflows it takes a CPU 15 times as long.
-        total = torch.addcmul(total, exponent.clamp(min=-80).exp(), labeled[..., k])
+        d = pred[..., k, 0] - target[..., k, 0]                                   # (...) px
+        near = d * d
+        d = pred[..., k, 1] - target[..., k, 1]  # few names, few such tensors alive: see assign
+        near = torch.addcmul(near, d, d) * (-1 / tolerance)
+        near = near.clamp(min=-80).exp()  # where exp underflows it takes a CPU 15 times as long
+        total = torch.addcmul(total, near, labeled[..., k])
     total = F.threshold(total, 1e-33, 0.0)  # and 0 it is: K e^-80 < 1e-33
     return total / (labeled.sum(-1) + EPS)
 
@@ -69,9 +70,9 @@ def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
     """
     x1, y1, x2, y2 = people[:, :, None].unbind(-1)                                # (B, M, 1) each
     u1, v1, u2, v2 = anchors[:, None].unbind(-1)                                  # (B, 1, A) each
-    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp(min=0)          # (B, M, A)
-    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp(min=0)         # (B, M, A)
-    overlap = width * height
+    width = torch.minimum(x2, u2).sub_(torch.maximum(x1, u1)).clamp_(min=0)       # (B, M, A)
+    height = torch.minimum(y2, v2).sub_(torch.maximum(y1, v1)).clamp_(min=0)      # (B, M, A)
+    overlap = width.mul_(height)
     area = (people[..., 2:] - people[..., :2]).clamp(min=0).prod(-1)              # (B, M)
     anchor_area = (anchors[..., 2:] - anchors[..., :2]).clamp(min=0).prod(-1)     # (B, A)
     return overlap / (area[:, :, None] + anchor_area[:, None] - overlap + EPS)

@@ -153,7 +153,7 @@ FLAGS = {
         ("recipe", ("nanopose", "reference"), "nanopose",
          "reference: the original's rules for the first steps and for crowds"),
         ("epochs", int, None, "passes over the training images"),
-        ("max-steps", int, None, "stop here after so many steps; the schedule is that of --epochs"),
+        ("max-steps", int, None, "stop at this step of --epochs' schedule; --resume forgets it"),
         ("batch-size", int, None, "images per process and micro-batch"),
         ("auto-batch", bool, False, "while memory is short, begin again with half the micro-batch"),
         ("accumulate", int, 1, "micro-batches a step"),
@@ -497,8 +497,6 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
                          f"of a run, which nodes must share, or start anew with --weights")
     if not saved:
         return None
-    if rank == 0:
-        print(f"goes on from {args.out}, step {saved['step']}", flush=True)
     args.given = [] if restarted else args.given
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
