@@ -381,7 +381,8 @@ class Log:
         self.last = total_steps if args.dry_run else min(total_steps, args.max_steps or total_steps)
         self.marks = (5, args.max_steps if args.dry_run else total_steps)  # report these steps, too
         self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
-        self.taken, self.waited, self.interval = 0, 0.0, time.monotonic()  # by this process alone
+        self.taken, self.waited = 0, 0.0  # by this process alone, as all times
+        self.interval = self.ended = time.monotonic()  # the last line's time, the last step's
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
 
     def state_dict(self) -> dict:
@@ -413,7 +414,8 @@ class Log:
         self.figures = [html_image(image, caption) for caption, image in pictures] or self.figures
         page = report_page(folder, {folder: read_log(folder)}, self.starts, self.figures)
         write_text(os.path.join(folder, "report.html"), page)
-        self.interval = time.monotonic()  # not of the next steps' time
+        now = time.monotonic()
+        self.interval, self.ended = self.interval + now - self.ended, now  # evaluating is no step
 
     def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
         """Say how the run ended, and bring the report up to date if this process evaluated."""
@@ -439,10 +441,10 @@ class Log:
         """Take in a train.Step; every --log-every steps, and at self.marks, report. memory: GB"""
         self.sums = [a + b for a, b in zip(self.sums, result.sums)]
         self.steps, self.taken = self.steps + 1, self.taken + 1
-        self.waited += result.waited
+        self.waited, self.ended = self.waited + result.waited, time.monotonic()
         if not self.speaks or (step % self.every and step not in self.marks):
             return
-        seconds = time.monotonic() - self.interval
+        seconds = self.ended - self.interval
         score_sum, *sums = self.sums
         terms = {name: term / max(score_sum, 1.0) for name, term in zip(self.terms, sums)}
         epoch, loss = round(step * self.global_batch / self.images, 3), sum(terms.values())
@@ -458,7 +460,7 @@ class Log:
               f"lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  data {waited:.0%}  "
               f"{memory:.1f} GB  ETA {eta}", flush=True)
         self.sums, self.steps, self.waited, self.taken = [0.0] * len(self.sums), 0, 0.0, 0
-        self.interval = time.monotonic()
+        self.interval = self.ended
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],

@@ -268,6 +268,26 @@ def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch):
         run_main(monkeypatch, tmp_path / "good", "--out", tmp_path / "no" / "x.html")
 
 
+@pytest.mark.parametrize("evaluated", [(), (12,), (3, 12, 19, 20)])
+def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch, evaluated):
+    """Steps of 2 s with 4 images, half of the time waiting; an evaluation takes 100 s."""
+    clock = [1000.0]
+    monkeypatch.setattr(draw.time, "monotonic", lambda: clock[0])
+    log = Log(Namespace(out=str(tmp_path), dry_run=False, log_every=10, max_steps=None), 0, 30, 4,
+              40, ("cls",))
+    for step in range(1, 31):
+        clock[0] += 2
+        log.step(step, Namespace(sums=[1.0, 1.0], waited=1.0, norm=1.0), 0.1, 1.0)
+        if step in evaluated:
+            clock[0] += 100
+            log.evaluation(step, "epoch", step, {"AP": 0.1})
+            log.report([])
+    lines = [line for line in draw.read_log(str(tmp_path)) if "loss" in line]
+    assert [line["step"] for line in lines] == [5, 10, 20, 30]
+    assert {line["img_s"] for line in lines} == {2.0}
+    assert {line["data_wait"] for line in lines} == {0.5}
+
+
 def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
     args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
     log = Log(args, 0, 20, 4, 40, ("cls",))
