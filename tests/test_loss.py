@@ -1,6 +1,9 @@
 """The loss against the reference's numbers, a slow version, hand computations and invariances."""
 import copy
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -123,8 +126,8 @@ def test_assignment_is_the_references(case, rule):
     pred, boxes, poses, centers, gt_boxes, gt_poses = (torch.tensor(dump[name]) for name in (
         "pred_scores", "pred_bboxes", "pred_poses", "anchor_points", "gt_bboxes", "gt_poses"))
     people, crowd = (dump[name][..., 0] > 0 for name in ("pad_gt_mask", "gt_crowd"))
-    person, weight = assign(pred[..., 0], boxes, poses, centers, gt_boxes, gt_poses,
-                            torch.tensor(people), SIGMAS.float(), oks_floor=0.0, **rule)
+    person, weight = assign(pred[..., 0], boxes, poses, gt_boxes, gt_poses, torch.tensor(people),
+                            centers, SIGMAS.float(), oks_floor=0.0, **rule)
     person, want = person.numpy(), dump[f"{case}/scores"][..., 0]
     of_crowd = (person >= 0) & np.take_along_axis(crowd, person.clip(0), 1)
     np.testing.assert_allclose(np.where(of_crowd, 0, weight), want, rtol=5e-6)
@@ -179,8 +182,9 @@ def test_assignment_is_that_of_the_slow_version(topk, floor):
     targets["boxes"][:, 6] += 300   # no anchor lies in it
     people = ~targets["crowd"] & (targets["boxes"][..., 2] > 0)
     people[1] = False
-    person, weight = assign(out.scores, out.boxes, out.keypoints, raw.centers, targets["boxes"],
-                            targets["keypoints"], people, SIGMAS, topk, oks_floor=floor)
+    person, weight = assign(out.scores, out.boxes, out.keypoints, targets["boxes"],
+                            targets["keypoints"], people, raw.centers, SIGMAS, topk,
+                            oks_floor=floor)
     surprises = 0
     for i in range(4):
         inputs = (out.scores[i], out.boxes[i], out.keypoints[i], raw.centers, targets["boxes"][i],
@@ -201,9 +205,10 @@ def test_a_fresh_network_teaches_every_person_only_under_our_rule(reference):
     boxes = torch.cat([low, low + side], -1)                                               # px
     xy = low[:, :, None] + side[:, :, None] * torch.rand(4, 5, 17, 2)
     floor = 0.0 if reference else 0.1
-    person, weight = assign(out.scores, out.boxes, out.keypoints, make_anchors(256, 256, "cpu")[0],
-                            boxes, torch.cat([xy, torch.full((4, 5, 17, 1), 2.0)], -1),
-                            torch.ones(4, 5, dtype=torch.bool), SIGMAS.float(), oks_floor=floor)
+    poses = torch.cat([xy, torch.full((4, 5, 17, 1), 2.0)], -1)
+    person, weight = assign(out.scores, out.boxes, out.keypoints, boxes, poses,
+                            torch.ones(4, 5, dtype=torch.bool), make_anchors(256, 256, "cpu")[0],
+                            SIGMAS.float(), oks_floor=floor)
     best = torch.stack([(weight * (person == m)).amax(1) for m in range(5)], 1)            # (B, M)
     assert (best > 1e-3).all() != reference
 
@@ -290,8 +295,8 @@ def test_unclaimed_anchors_in_ignore_boxes_are_no_background(reference):
     raw, targets = scene()
     out = decode(raw)
     people = torch.tensor([True, True, True, False, False, True, True, False]).expand(4, 8)
-    person, _ = assign(out.scores, out.boxes, out.keypoints, raw.centers, targets["boxes"],
-                       targets["keypoints"], people, SIGMAS)
+    person, _ = assign(out.scores, out.boxes, out.keypoints, targets["boxes"],
+                       targets["keypoints"], people, raw.centers, SIGMAS)
     low, high = targets["boxes"][:, 3:5, None].split(2, -1)                         # (B, 2, 1, 2)
     covered = ((raw.centers > low) & (raw.centers < high)).all(-1).any(1)           # (B, A)
     ignored = covered & (person < 0)
@@ -371,6 +376,45 @@ def test_a_teachers_terms_by_hand():
     unsure = said(0.2, [(2, 0.25), (3, 0.75)], 0.5)
     terms = criterion.distill(student, decode(student), unsure, decode(unsure))
     assert terms["kd_box"] == terms["kd_pose"] == 0  # under conf
+
+
+def crowded(images: int, people: int, size: int) -> tuple[RawOutput, dict[str, Tensor]]:
+    """Random outputs for images of `size` px, and targets of random people."""
+    centers, strides = make_anchors(size, size, torch.device("cpu"))
+    g, a = torch.Generator().manual_seed(0), len(centers)
+    cls, box, xy, kpt = (torch.randn(images, a, *shape, generator=g).requires_grad_() for shape in
+                         ((), (4, BINS), (17, 2), (17,)))
+    low, side = (torch.rand(images, people, 2, generator=g) * size / 2 for _ in range(2))
+    share = torch.rand(images, people, 17, 2, generator=g)
+    keypoints = torch.cat([low[:, :, None] + share * side[:, :, None],
+                           torch.full((images, people, 17, 1), 2.0)], -1)
+    return RawOutput(cls, box, xy, kpt, centers, strides), {
+        "boxes": torch.cat([low, low + side], -1), "keypoints": keypoints,
+        "crowd": torch.zeros(images, people, dtype=torch.bool)}
+
+
+def test_a_batch_assigned_in_parts_is_the_sum_of_its_images():
+    """Three images of 260 people and 8,400 anchors are more than the loss takes at once."""
+    raw, targets = crowded(3, 260, 640)
+    whole = loss_of(raw, targets)
+    each = [loss_of(raw._replace(**{name: getattr(raw, name)[i:i + 1] for name in raw._fields[:4]}),
+                    {name: t[i:i + 1] for name, t in targets.items()}) for i in range(3)]
+    np.testing.assert_allclose(whole.detach(), sum(each).detach(), rtol=1e-5)
+
+
+def test_the_loss_of_crowds_needs_little_memory():
+    """Growth of the largest memory of a fresh process, 16 images of 640 px with 50 people each."""
+    code = """if True:
+        import resource
+        from test_loss import PoseLoss, SIGMAS, crowded, decode
+        raw, targets = crowded(16, 50, 640)
+        decoded, criterion = decode(raw), PoseLoss(SIGMAS)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        criterion(raw, decoded, targets)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert int(ran.stdout) / 1024 < 150, "MB"
 
 
 def test_distillation_does_not_wait_for_the_gpu():

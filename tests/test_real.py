@@ -30,8 +30,8 @@ def test_a_fresh_network_teaches_every_labeled_person_in_view():
     people = (targets["keypoints"][..., 2] > 0).any(-1) & ~targets["crowd"]            # (B, M)
     best = {}
     for floor in (0.1, 0.0):
-        person, weight = assign(out.scores, out.boxes, out.keypoints, raw.centers,
-                                targets["boxes"], targets["keypoints"], people, sigmas,
+        person, weight = assign(out.scores, out.boxes, out.keypoints, targets["boxes"],
+                                targets["keypoints"], people, raw.centers, sigmas,
                                 oks_floor=floor)
         best[floor] = torch.stack([(weight * (person == m)).amax(1)
                                    for m in range(people.shape[1])], 1)[people]        # (people,)
