@@ -54,14 +54,18 @@ NOTES = {"Loss": "Rises while the keypoint tolerance narrows (--sigma-epochs): w
 
 def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, names: list[str],
                 edges: list[list[int]], scores: Sequence[float] | None = None,
-                flip: list[int] | None = None, min_score: float = 0.3) -> Image.Image:
+                flip: list[int] | None = None, min_score: float = 0.3,
+                least: int = 480) -> Image.Image:
     """A copy of the image with one skeleton and box a person: left orange, right blue, else green.
 
-    Of a pair of flip (Skeleton's) that is not called left and right, the first counts as left.
+    It is enlarged if its longer side is under `least` px, or nothing could be seen. Of a pair of
+    flip (Skeleton's) that is not called left and right, the first counts as left.
     boxes (M, 4) and keypoints (M, K, 3) in px; the third number is a visibility (labels: 0 is not
     drawn, 1 is hollow) or, with scores (M,) of predictions, a score: under min_score not drawn.
     """
-    image = image.convert("RGB")
+    zoom = max(1, least / max(image.size))
+    image = image.convert("RGB").resize([max(round(zoom * side), 1) for side in image.size])
+    boxes, keypoints = zoom * np.asarray(boxes), np.asarray(keypoints) * (zoom, zoom, 1)
     pen, side = ImageDraw.Draw(image), max(image.size)
     width, font = max(round(side / 240), 1), max(11, side // 34)
     rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, for any ground
@@ -70,7 +74,7 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
         left = names[i].startswith("left") or i < j and not names[j].startswith("left")
         right = names[i].startswith("right") or i != j
         colors.append(LEFT if left else RIGHT if right else MIDDLE)
-    for i, ((x1, y1, x2, y2), person) in enumerate(zip(np.asarray(boxes).tolist(), keypoints)):
+    for i, ((x1, y1, x2, y2), person) in enumerate(zip(boxes.tolist(), keypoints)):
         seen = person[:, 2] > (0 if scores is None else min_score)
         lines = [([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], BOX if seen.any() else IGNORED)]
         lines += [([*person[a, :2], *person[b, :2]], colors[b if colors[a] == MIDDLE else a])

@@ -250,13 +250,14 @@ def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
                  model: nn.Module | None = None) -> list[Image.Image]:
     """Inputs with their labels, or with what a model (in eval mode) sees. keys: (epoch, index).
 
-    Of predictions those of score 0.3 or more are drawn.
+    Of predictions those of score 0.3 or more are drawn, and always the best.
     """
     samples, skeleton = [dataset[key] for key in keys], dataset.skeleton
     people = [(sample["boxes"], None, sample["keypoints"]) for sample in samples]
     if model is not None and samples:
         out, _ = look(model, collate(samples)[0])
-        people = [people_in(out, b, np.eye(2, 3), conf=0.3) for b in range(len(samples))]
+        people = [people_in(out, b, np.eye(2, 3), min(0.3, out.scores[b].max().item()))
+                  for b in range(len(samples))]
     return [draw_people(Image.fromarray(sample["image"]), boxes, keypoints, skeleton.names,
                         skeleton.edges, scores, skeleton.flip)
             for sample, (boxes, scores, keypoints) in zip(samples, people)]
@@ -284,11 +285,11 @@ def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[in
     middle = (len(ranked) - each) // 2
     names = (dict.fromkeys(ranked[middle:middle + each], "median")
              | dict.fromkeys(ranked[-each:], "best") | dict.fromkeys(ranked[:each], "worst"))
-    chosen, side = sorted(names), dataset.size
-    keys, pictures = [(0, i) for _, i in chosen], []
+    chosen, pictures = sorted(names), []
+    keys = [(0, i) for _, i in chosen]
     for (value, i), *pair in zip(chosen, draw_samples(dataset, keys),
                                  draw_samples(dataset, keys, model)):
-        picture = contact_sheet(pair, 2)
+        picture, side = contact_sheet(pair, 2), pair[0].width
         picture.paste("white", (side - 1, 0, side + 1, side))  # between the two
         caption = f"{names[value, i]}: OKS {value:.2f}, {dataset.annotations.files[i]}"
         pictures.append((caption, picture))

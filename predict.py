@@ -83,15 +83,6 @@ def parse_args() -> argparse.Namespace:
     return parse(p, None, 0.3, 8, "json")
 
 
-def draw_enlarged(image: Image.Image, boxes: np.ndarray, scores: np.ndarray, keypoints: np.ndarray,
-                  skeleton: dict) -> Image.Image:
-    """draw_people of an image that is enlarged if small, or nothing could be seen."""
-    zoom = max(1, 480 / max(image.size))
-    image = image.resize([max(round(zoom * side), 1) for side in image.size])
-    return draw_people(image, zoom * boxes, keypoints * (zoom, zoom, 1), skeleton["names"],
-                       skeleton["edges"], scores, skeleton["flip"])
-
-
 def main() -> None:
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +93,7 @@ def main() -> None:
         if clash:
             raise ValueError(f"the picture would replace {min(clash)}; give another --out")
         model, file = load_model(args.weights, args.model, args.image_size, args.pad)
+        skeleton = file["skeleton"]
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {str(error).splitlines()[-1]}")
@@ -109,7 +101,7 @@ def main() -> None:
     stems = [os.path.splitext(os.path.basename(f))[0] for f in files]
     numbered = all(s.isdecimal() for s in stems) and len(set(map(int, stems))) == len(files)
     ids = {f: int(s) if numbered else i for i, (f, s) in enumerate(zip(files, stems))}
-    results, sheet, bad, start = [], [], 0, time.monotonic()
+    results, sheet, best, bad, start = [], [], 0.0, 0, time.monotonic()
     for first in range(0, len(files), args.batch_size):
         images = {}
         for path in files[first:first + args.batch_size]:
@@ -121,13 +113,15 @@ def main() -> None:
                 print(f"\r{path} cannot be read, skipped: {error}", file=sys.stderr, flush=True)
         if not images:
             continue
-        found = predict(model, file, list(images.values()), args.conf, args.iou)
+        found = predict(model, file, list(images.values()), 0.0, args.iou)
         for path, (boxes, scores, keypoints) in zip(images, found):
-            picture = draw_enlarged(images[path], boxes, scores, keypoints, file["skeleton"])
+            best, n = max(best, scores[0]), (scores >= args.conf).sum()
+            picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],
+                                  skeleton["edges"], scores[:n], skeleton["flip"])
             picture.save(paths[path], quality=92)
             sheet += [picture] if len(sheet) < 16 else []
             results += [{**result, "file_name": path}
-                        for result in to_coco(ids[path], 1, scores, keypoints)]
+                        for result in to_coco(ids[path], 1, scores[:n], keypoints[:n])]
         done = min(first + args.batch_size, len(files))
         seconds = time.monotonic() - start
         print(f"\r{done}/{len(files)} images  {done / seconds:.1f} img/s", end="", flush=True)
@@ -136,7 +130,7 @@ def main() -> None:
             os.path.join(args.out, "sheet.jpg"), quality=88)
     if args.json:
         write_text(args.json, json.dumps(results))
-    hint = "" if results else f" (none above --conf {args.conf}: try a lower one)"
+    hint = "" if results else f" (--conf is {args.conf}, the best score {best:.2g})"
     print(f"\n{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
     if bad:
         sys.exit(f"predict.py: {bad} of {len(files)} files cannot be read; they are named above")

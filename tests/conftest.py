@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="also run the tests that take half an hour")
+    parser.addoption("--long", action="store_true", help="also run tests that take half an hour")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -372,11 +372,11 @@ def test_the_worst_median_and_best_images_are_found_and_few_are_opened(people, m
     assert set(files[-3:]) == {str(dataset.annotations.files[i]) for i in shown[:3]}
     index = dataset.annotations.files.tolist().index(files[0])
     picture, = (np.asarray(p) for text, p in pictures if text.endswith(files[0]))
-    assert picture.shape == (64, 128, 3)
+    assert picture.shape == (480, 960, 3)  # enlarged
     label = np.asarray(evaluate.draw_samples(dataset, [(0, index)])[0])
-    assert np.array_equal(picture[:, :63], label[:, :63])
-    plain = real(dataset, (0, index))["image"]
-    assert np.array_equal(picture[:, 65:], plain[:, 1:])  # a new network finds nobody
+    assert np.array_equal(picture[:, :479], label[:, :479])
+    found = np.asarray(evaluate.draw_samples(dataset, [(0, index)], model)[0])
+    assert np.array_equal(picture[:, 481:], found[:, 1:]) and not np.array_equal(found, label)
     ranked.clear()
     assert len(extremes(model, dataset, truth, moved, most=4)) == len(ranked) <= 4
 

@@ -166,7 +166,7 @@ def test_a_split_is_opened_as_the_checkpoint_wants_it(drawn, official_n, tmp_pat
         open_split(str(path), f"{drawn}/val2017", file)
 
 
-def test_official_weights_tuned_to_other_keypoints_take_their_names_from_the_labels(drawn, tmp_path):
+def test_official_weights_tuned_to_other_keypoints_take_names_from_the_labels(drawn, tmp_path):
     torch.save({"net": YoloNasPose("n", 2).state_dict()}, tmp_path / "tuned.pth")
     _, file = load_model(str(tmp_path / "tuned.pth"), "n", 96)
     assert file["skeleton"]["names"] == ["keypoint_1", "keypoint_2"]

@@ -67,7 +67,8 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
     else:
         import onnx
         inside = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
-    assert inside["names"] == COCO_NAMES and inside["image_size"] == 96 and inside["pad"] == "center"
+    assert inside["names"] == COCO_NAMES
+    assert inside["image_size"] == 96 and inside["pad"] == "center"
     assert inside["edges"][0] == [15, 13] and inside["flip"][1] == 2 and inside["iou"] == 0.7
 
 
@@ -157,4 +158,5 @@ def test_a_nan_anywhere_is_a_difference():
     for i, place in ((0, 0), (1, 1), (2, 0), (3, 1)):
         bad = export.Decoded(*(torch.full((1, 3), float("nan")) if j == i else t
                                for j, t in enumerate(zero)))
-        assert np.isnan(export.largest_difference(lambda x: zero, lambda x: bad, [None, None])[place])
+        apart = export.largest_difference(lambda x: zero, lambda x: bad, [None, None])
+        assert np.isnan(apart[place])

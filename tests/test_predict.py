@@ -91,10 +91,18 @@ def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
         assert r["file_name"] == str(tmp_path / f"{r['image_id']:012}.png")
     model, file = load_model(weights)
     (_, scores, keypoints), = predict(model, file, [photo(120, 80, 1)], conf=0.1)  # image 3
+    assert len(scores) == sum(r["image_id"] == 3 for r in results)
     first = max((r for r in results if r["image_id"] == 3), key=lambda r: r["score"])
     want = keypoints[0] - [0.5, 0.5, 0]
     np.testing.assert_allclose(np.reshape(first["keypoints"], (17, 3)), want, atol=1e-2)
     assert Image.open(tmp_path / "o" / "sheet.jpg").size == (1920, 480)
+    scores = sorted(r["score"] for r in results)
+    for conf, said in ((scores[5], f"{len(scores) - 5} people in 2 images;"),
+                       (1, f"0 people in 2 images (--conf is 1.0, the best score {scores[-1]:.2g}")
+                       ):
+        _, out, _ = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out",
+                         tmp_path / "o", "--conf", conf)
+        assert said in out
 
 
 def test_frames_come_in_order_and_names_do_not_collide(tmp_path, monkeypatch):
@@ -125,7 +133,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_done(weights, tmp_path, monke
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:900])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello")
-    code, out, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o")
+    code, out, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out",
+                          tmp_path / "o")
     assert code == 1 and "3 of 4 files cannot be read" in err and "in 1 images" in out
     for name in ("cut.jpg", "empty.png", "text.png"):
         assert f"{tmp_path / name} cannot be read" in err
@@ -159,7 +168,8 @@ def test_any_mode_and_shape_is_drawn(weights, tmp_path, monkeypatch, capsys, mod
 def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, code, message):
     photo(9, 9).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    found, out, err = call(monkeypatch, capsys, "--weights", weights, "--out", tmp_path / "o", *flags)
+    found, out, err = call(monkeypatch, capsys, "--weights", weights, "--out", tmp_path / "o",
+                           *flags)
     assert found == code and message in err.splitlines()[-1] and not out
     assert not (tmp_path / "o").exists()
 
@@ -171,9 +181,10 @@ def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, 
     (["snout", "finL", "finR"], [0, 1, 2], [MIDDLE, MIDDLE, MIDDLE])])
 def test_left_is_orange_and_right_blue_also_of_pairs_that_only_flags_name(names, flip, colors):
     keypoints = np.array([[[30, 20, 2], [60, 50, 2], [90, 80, 2]]])
-    drawn = draw_people(Image.new("RGB", (120, 120)), np.array([[1, 1, 119, 119]]), keypoints, names,
-                        [], flip=flip)
-    assert [drawn.getpixel((x, y)) for x, y, _ in keypoints[0].tolist()] == colors
+    drawn = draw_people(Image.new("RGB", (120, 120)), np.array([[1, 1, 119, 119]]), keypoints,
+                        names, [], flip=flip)
+    assert drawn.size == (480, 480)  # enlarged, and so are the places
+    assert [drawn.getpixel((4 * x, 4 * y)) for x, y, _ in keypoints[0].tolist()] == colors
 
 
 @pytest.mark.parametrize("ground", ["black", "white"])
@@ -183,7 +194,8 @@ def test_skeletons_are_seen_on_any_ground_at_any_size(ground, side):
     image = Image.new("RGB", (side, side), ground)
     keypoints = np.array([[[0.2, 0.5, 1], [0.8, 0.5, 1]]]) * [side, side, 1]
     boxes = np.array([[-0.1, -0.1, 1.1, 0.9]]) * side
-    drawn = np.asarray(draw_people(image, boxes, keypoints, ["left_a", "right_a"], [[0, 1]], [0.5]))
+    drawn = np.asarray(draw_people(image, boxes, keypoints, ["left_a", "right_a"], [[0, 1]], [0.5],
+                                   least=side))
     changed = np.abs(drawn.astype(int) - np.asarray(image)).sum(-1) > 100
     column = changed[int(0.45 * side):int(0.55 * side), side // 2]
     assert 0.004 * side <= column.sum() <= 0.03 * side

@@ -19,7 +19,7 @@ def open_split(split: str, size: int, augment=PLAIN) -> CocoPose:
 
 
 def test_a_fresh_network_teaches_every_labeled_person_in_view():
-    """The reference's rule, oks_floor 0 beside an absolute epsilon, leaves some with next to none."""
+    """The reference's rule, oks_floor 0 beside an absolute epsilon, leaves some with nothing."""
     dataset = open_split("train2017", 448)
     images, targets = collate([dataset[0, i] for i in range(12)])
     torch.manual_seed(0)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 849, "model": 590, "loss": 320, "data": 783, "schedule": 292, "evaluate": 628,
-         "draw": 520, "people": 184, "predict": 146, "export": 245}
+LINES = {"train": 849, "model": 590, "loss": 320, "data": 783, "schedule": 292, "evaluate": 629,
+         "draw": 524, "people": 184, "predict": 140, "export": 245}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
               "evaluate": {"model", "data", "draw"}}
@@ -48,6 +48,11 @@ def test_public_things_have_a_docstring(name):
     for node in FILES[name].body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
             assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.stem)
+def test_lines_of_tests_fit_a_screen(path):
+    assert max(map(len, path.read_text().splitlines())) <= 100
 
 
 def test_fixtures_stay_small():

@@ -396,13 +396,14 @@ def test_compiled_training_is_eager_training(dtype, tmp_path):
         parameters = [p for p in model.parameters() if p.requires_grad]
         flat = flat_gradients(parameters, len(TERMS) + 3)
         optimizer = torch.optim.AdamW(parameters, lr=2e-3 * 4 / 480)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
         if compiled:
             model.compile(fullgraph=True)
         losses.append([])
         for step in range(20):
             done = train_step(model, None, PoseLoss(torch.tensor(data.skeleton.sigmas)),
-                              iter([batches[step % 2]]), optimizer,
-                              torch.amp.GradScaler("cpu", enabled=False), flat, flags, 128, 4.0, False)
+                              iter([batches[step % 2]]), optimizer, scaler, flat, flags, 128, 4.0,
+                              False)
             losses[-1].append(sum(done.sums[1:]) / done.sums[0])
             if step == 0:
                 gradients.append(flat[0].clone())

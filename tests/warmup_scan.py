@@ -2,9 +2,9 @@
 
     python tests/warmup_scan.py docs/warmup.svg          # about 25 minutes on one core
 
-Each run is one epoch of the drawn people at 64 px, 125 steps of 16 images, with and without 40 steps
-of warmup, at rates that double. A rate is stable if its run reaches at least half the mean OKS of
-the optimizer's best run.
+Each run is one epoch of the drawn people at 64 px, 125 steps of 16 images, with and without 40
+steps of warmup, at rates that double. A rate is stable if its run reaches at least half the mean
+OKS of the optimizer's best run.
 """
 import json
 import subprocess
@@ -25,8 +25,9 @@ RATES = {"adamw": [0.0005 * 2 ** k for k in range(10)], "sgd": [0.005 * 2 ** k f
 def mean_oks(optimizer: str, lr: float, warmup: int, folder: str) -> float:
     """Train once, and return the OKS of the evaluation; nan if the run gave up."""
     out = Path(folder) / f"{optimizer} {lr} {warmup}"
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *FLAGS, "--optimizer", optimizer, "--lr",
-                    str(lr), "--warmup", str(warmup), "--out", str(out)], capture_output=True)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *FLAGS, "--optimizer", optimizer,
+                    "--lr", str(lr), "--warmup", str(warmup), "--out", str(out)],
+                   capture_output=True)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return next((line["OKS"] for line in lines if "OKS" in line), float("nan"))
 
