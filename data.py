@@ -302,8 +302,8 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     free = set(names)
     for pair in pairs:
         if len(pair) != 2 or pair[0] == pair[1] or not free.issuperset(pair):
-            raise ValueError(f"flip pair {':'.join(pair)} does not name two of the keypoints "
-                             f"{', '.join(names)}, each in one pair")
+            raise ValueError(f"flip pair {':'.join(pair)}, expected LEFT:RIGHT,LEFT:RIGHT, each "
+                             f"once, of the keypoints {', '.join(names)}")
         free -= set(pair)
         a, b = map(names.index, pair)
         flip[a], flip[b] = b, a

@@ -313,7 +313,7 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
     rows, terms = [], {}
     for run, lines in runs.items():
         best = max((line for line in lines if "AP" in line and "epoch" in line),
-                   key=lambda line: line["AP"], default={})
+                   key=lambda line: (max(line["AP"], 0.001), line.get("OKS", 0)), default={})
         last = next((line for line in reversed(lines) if "loss" in line), {})
         terms |= dict.fromkeys(name for name in last if name not in ("step", "epoch", *PACE))
         rows.append([run, best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""),
@@ -338,17 +338,19 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
 CARD = """<p>AP would rise most if these were put right, each alone: {worst}.</p>
 <h2>Average precision</h2><p>AP is 1 if all labeled people are found, nobody else is, and keypoints
 lie on their labels: the mean over ten tolerances; AP50 is the widest, AP75 a narrow one. AR is the
-share of people found. Crowding is the share of other people's keypoints in a person's box: easy to
-0.1, hard above 0.8, as in CrowdPose. Size: medium is 32 x 32 to 96 x 96 px of the file.</p>
+share of people who are met, the mean over the same tolerances. Crowding counts other people's
+keypoints in a person's box, as a share of the person's own, the mean of an image: easy to 0.1, hard
+above 0.8, as in CrowdPose. Size: medium is 32 x 32 to 96 x 96 px of the file, large is above; COCO
+has no row for the rest.</p>
 {scores}<h2>What goes wrong</h2><p>AP if this one kind of error were put right and all else stayed;
 gain is what that adds. Gains overlap. Keypoints: good is as near to the label as people who label
-agree, jitter a little off, inversion on the person's other side, swap on another person, miss on
-none of these. Detections: best is nearest to its person, score farther but of a higher score,
-duplicate of a lower one, background on nobody. Scores are put right by giving each best its OKS and
-all others 0, which takes these two out of the way too. Found: somebody whom a detection fits at
-least roughly (OKS 0.1).</p>{errors}
-<h2>Keypoints</h2><p>Of found people. OKS is 1 on the label and falls to 0 with distance, by the
-person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
+agree (similarity 0.85 or more), jitter a little off, inversion on the person's other side, swap on
+another person, miss on none of these (all under 0.5). Detections: best is nearest to its person,
+score farther but of a higher score, duplicate of a lower one, background on nobody. Scores are put
+right by giving each best its OKS and all others 0, which takes these two out of the way too. Found:
+somebody whom a detection fits at least roughly (OKS 0.1).</p>{errors}
+<h2>Keypoints</h2><p>Of found people alone. OKS is 1 on the label and falls to 0 with distance, by
+the person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
 longer side. Good to miss are shares, and add up to 1.</p>{keypoints}
 <h2>Speed</h2><p>{latency_ms:.1f} ms for one image; {img_s:.1f} images a second in batches of
 {batch}, from pixels in memory to people. The whole evaluation took {evaluation_s:.0f} s.</p>
@@ -489,13 +491,12 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         lines += [f"weights {name} {len(tensors)}{some}"] if tensors else []
     pairs = [f"{skeleton.names[i]}-{skeleton.names[j]}"
              for i, j in enumerate(skeleton.flip) if i < j]
-    pairs = f"{len(pairs)} pairs: {pairs[0]} ... {pairs[-1]}" if pairs else (
-        "0 pairs (is there left and right? --flip-pairs)")
+    shown = ", ".join(pairs if len(pairs) < 5 else [pairs[0], "...", pairs[-1]])
     scaled = f" from {args.lr:.2e} for {args.lr_batch} images a step, scaling {args.lr_scale}"
     scaled = scaled if args.lr_scale != "none" else ""
     lines.append(
         f"keypoints     {len(skeleton.names)}, sigmas {min(skeleton.sigmas)} to "
-        f"{max(skeleton.sigmas)} of sqrt(area); a mirror exchanges {pairs}\n"
+        f"{max(skeleton.sigmas)} of sqrt(area); a mirror exchanges {shown or 'nothing'}\n"
         f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
         f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
         f"micro-batches = {batch[1]}\n"
@@ -503,6 +504,9 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         f"peak lr       {peak_lr:.2e}{scaled}\n"
         f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
+    if not pairs and len(skeleton.names) > 1:
+        lines.append("check         is there a left and a right? Name them with --flip-pairs "
+                     "A:B,C:D, or mirrored images teach wrong sides")
     print(*lines, "ETA           measured on the first steps, see below", sep="\n", flush=True)
     return "\n".join(lines)
 

@@ -231,9 +231,10 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
             found, true = mask.cpu() > 0, targets["mask"] == 1                    # (B, S/2, S/2)
             found &= targets["mask"] != 2
             pixels += torch.stack([(found & true).sum(), (found | true).sum()])
-        if progress:
-            done, rate = len(by_image), len(by_image) / (time.monotonic() - start)
-            print(f"\r{done}/{len(loader.dataset)} images  {rate:.1f} img/s", end="", flush=True)
+        if progress and (sys.stdout.isatty() or len(by_image) == len(loader.dataset)):
+            rate = len(by_image) / (time.monotonic() - start)
+            print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
+                  flush=True)
     if progress:
         print()
     shares, metrics = gather((by_image, pixels)), None
@@ -493,6 +494,8 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
         file = {"args": {"model": size}}
     try:
         args, k = file["args"], len(state["heads.head1.pose_pred.bias"]) // 2
+        if size not in (None, args["model"]):
+            raise ValueError(f"{path} is of size {args['model']}, not {size}; leave the size out")
         model = YoloNasPose(args["model"], k, mask="mask.1.bias" in state)
         model.load_state_dict(state)
     except (LookupError, RuntimeError) as error:
@@ -518,12 +521,20 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     if "format" not in file and len(names) == len(skeleton.names):
         skeleton = read_skeleton(labels)  # which an official file leaves to the labels
     if names != skeleton.names:
-        raise ValueError(f"the network knows the keypoints {skeleton.names}, {path} has {names}; "
-                         f"they must be the same")
+        known, new = (", ".join(sorted(set(a).difference(b))) or "no others" for a, b in
+                      ((skeleton.names, names), (names, skeleton.names)))
+        raise ValueError(f"the network knows keypoints that {path} has not ({known}), or it has "
+                         f"others ({new}) or another order; they must be the same")
     masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])
     annotations = flatten(labels, masks=masks)
     check_files(annotations.files, folder)
     return CocoPose(annotations, folder, skeleton, file["image_size"], file["pad"]), labels
+
+
+def check_place(p: argparse.ArgumentParser, path: str) -> None:
+    """Exit with code 2 and one line if `path` cannot become a file."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        p.error(f"{path} is a folder, or in one that is not there; expected the name of a file")
 
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch_size: int,
@@ -544,11 +555,13 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch
     args = p.parse_args(argv)
     if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
         p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
-    if args.batch_size < 1 or not (0 <= args.conf <= 1 and 0 <= args.iou <= 1):
-        p.error("--batch-size must be positive, --conf and --iou in 0 to 1")
+    if args.batch_size < 1:
+        p.error(f"--batch-size {args.batch_size} must be positive")
+    for name in ("conf", "iou"):
+        if not 0 <= getattr(args, name) <= 1:
+            p.error(f"--{name} {getattr(args, name)} must lie in 0 to 1")
     for path in filter(None, (getattr(args, name) for name in written)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            p.error(f"{path}: there is no folder {os.path.dirname(path)}")
+        check_place(p, path)
     return args
 
 
@@ -564,7 +577,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flip-test", action="store_true", help="see mirror images too, and join; twice as slow")
     add("--amp", choices=["no", "bf16"], default="no", help="autocast; default: %(default)s")
     add("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
-    add("--metrics", metavar="FILE", help="write the ten numbers as json")
+    add("--metrics", metavar="FILE", help="write the numbers as json")
     add("--results", metavar="FILE", help="write the detections as COCO results")
     add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
         "detections, and why AP is what it is; its numbers as FILE.json")
@@ -600,7 +613,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
-        print(f"{name:10} {value:.4f}")
+        print(f"{name:10} " + (f"{value:.4f}" if value != -1 else "nobody labeled"))
     if args.metrics:
         write_text(args.metrics, json.dumps(metrics, indent=1))
     if args.results:

@@ -7,7 +7,8 @@ Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of 
         (B, A) and keypoint_scores (B, A, K) in [0, 1]. A anchors, most of them background
 Inside  json, as metadata of ONNX, as extra file nanopose.json of pt2: the keypoints' names, flip,
         edges, sigmas; image_size and pad: scale an image by image_size / its longer side, fill with
-        127 (bottom_right, or center: all around); conf, iou, pre, post of evaluate.py's select
+        127 (bottom_right, or center: all around; fit_image in data.py to the last bit); conf, iou,
+        pre, post of evaluate.py's select (conf 0.01 is for AP; to look at, predict.py takes 0.3)
 
 NMS is yours; for boxes (A, 4) and scores (A,) of one image, in numpy (kept: best first):
 
@@ -26,6 +27,7 @@ import argparse
 import ast
 import importlib.util
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -33,11 +35,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import BODY_SHARE_OF_BOX, CocoPose, collate, find_split
-from evaluate import (detect, keypoint_ap, load_model, open_split, quiet_coco, seconds, select,
-                      val_batches)
+from evaluate import (check_place, detect, keypoint_ap, load_model, open_split, quiet_coco,
+                      seconds, select, val_batches)
 from model import SIZES, Decoded, decode
 
 LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
@@ -145,6 +148,7 @@ def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> Non
     add two products in 16 bits.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    logging.disable(logging.WARNING)  # for each part it asks for what fuse() has done
     batches = iter({"images": np.ascontiguousarray(image.numpy())} for image in images)
     quantize_static(path, out, SimpleNamespace(get_next=lambda: next(batches, None)),
                     quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
@@ -154,18 +158,25 @@ def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> Non
 
 def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> None:
     """Write `out`: path in int8, but for the parts that alone cost more than TOLERANCE."""
-    run, kept = open_file(path), []
+    import onnx
+    run, kept, floats = open_file(path), [], []
     wanted = [run(image) for image in images]
     for part, nodes in parts_of(path).items():
         quantize(path, out, images, nodes)
         miss, shift = cost(open_file(out), wanted, images, sigmas).tolist()
         sensitive = not (miss <= TOLERANCE[0] and shift <= TOLERANCE[1])
         kept += [] if sensitive else nodes
+        floats += [part] * sensitive
         print(f"{part:24} alone in int8: 1 - OKS {miss:.4f}, scores {shift:.4f}"
               + ", stays in float" * sensitive, flush=True)
     if not kept:  # an empty list would mean all
         sys.exit("export.py: every part would cost too much in int8; nothing is written")
     quantize(path, out, images, kept)
+    print(f"in float: {', '.join(floats) or 'no part'}")
+    made = onnx.load(out)
+    mark, = (p for p in made.metadata_props if p.key == "onnx.infer")  # not json, as others are
+    made.metadata_props.remove(mark)
+    onnx.save(made, out)
 
 
 def pixels(dataset: CocoPose, count: int) -> list[Tensor]:
@@ -183,16 +194,23 @@ def parse_args() -> argparse.Namespace:
     add("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
     add("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
     add("--data", metavar="DIR", help="COCO root whose images the file is compared on, or noise")
-    add("--train-split", default="train2017", help="ranges of int8; default: %(default)s")
     add("--split", default="val2017", help="compared and scored; default: %(default)s")
+    add("--train-split", default="train2017", help="ranges of int8; default: %(default)s")
+    for name in ("json", "images", "train-json", "train-images"):
+        add(f"--{name}", metavar="DIR" if "images" in name else "FILE", help="instead of --data")
     args = p.parse_args()
-    if args.int8 and (args.format != "onnx" or not args.data):
-        p.error("--int8 needs --format onnx and --data DIR, images to find the ranges of numbers")
+    given = [bool(x) for x in (args.json, args.images, args.train_json, args.train_images)]
+    if any(given) and (args.data or not all(given[:4 if args.int8 else 2])):
+        p.error("give --data, or --json and --images, with --int8 --train-json and --train-images")
+    if args.int8 and (args.format != "onnx" or not args.data and not args.json):
+        p.error("--int8 needs --format onnx, and images to find the ranges of numbers: --data DIR")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime")
                if args.format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"export.py: --format onnx needs {', '.join(missing)}; "
                  f"pip install {' '.join(missing)}")
+    if args.out:
+        check_place(p, args.out)
     stem = os.path.splitext(args.weights)[0] + "_int8" * args.int8
     args.out = args.out or f"{stem}.{args.format}"
     if not args.out.endswith("." + args.format):
@@ -205,19 +223,23 @@ def main() -> None:
     try:
         model, file = load_model(args.weights, args.model)
         size = file["image_size"]
-        if args.data:
-            val_set, labels = open_split(*find_split(args.data, args.split), file)
-            file["skeleton"] = val_set.skeleton._asdict()
-        some = pixels(val_set, 20) if args.data else list(
-            torch.randint(256, (20, 1, 3, size, size), dtype=torch.uint8))
+        if size < 64:
+            raise ValueError(f"{args.weights} is for images of {size} px, an exported file needs "
+                             f"at least 64; train with a larger --image-size")
+        some = list(torch.randint(256, (20, 1, 3, size, size), dtype=torch.uint8))
+        if args.data or args.json:
+            path = (args.json, args.images) if args.json else find_split(args.data, args.split)
+            val_set, labels = open_split(*path, file)
+            file["skeleton"], some = val_set.skeleton._asdict(), pixels(val_set, 20)
         if args.int8:
-            train_set, _ = open_split(*find_split(args.data, args.train_split), file)
+            path = ((args.train_json, args.train_images) if args.json else
+                    find_split(args.data, args.train_split))
+            train_set, _ = open_split(*path, file)
         folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
     images = some[:2] + [torch.cat(some[i:i + 3]) for i in range(2, len(some), 3)]
-    small = max(size * 3 // 4 // 32 * 32, 64)
-    images += [image[..., :small, :small] for image in images]
+    images += [F.pad(image, (0, 32, 0, 64)) for image in images]  # another size, and not square
     meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": 0.01, "iou": 0.7,
             "pre": 300, "post": 20}
     with folder:
@@ -225,7 +247,8 @@ def main() -> None:
         write(model.fuse(), written, meta)
         px, score = largest_difference(Exported(model), open_file(written), images)
         print(f"largest difference from PyTorch: {px:.1e} px, {score:.1e} in scores; "
-              f"{'images' if args.data else 'noise'} of {size} and {small} px, batches of 1 and 3")
+              f"{'images' if args.data or args.json else 'noise'} of {size} x {size} and "
+              f"{size + 64} x {size + 32} px, batches of 1 and 3")
         if not (px <= LARGEST[0] and score <= LARGEST[1]):
             sys.exit(f"export.py: more than {LARGEST[0]} px or {LARGEST[1]}, so nothing is written")
         if args.int8:

@@ -29,8 +29,10 @@ def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float
     """People in each image, best first: boxes (D, 4) px, scores (D,), keypoints (D, K, 3).
 
     model and file are load_model's. Keypoints are x, y, px, and a score; px of the image,
-    continuous: pixel i covers [i, i + 1). iou is the largest overlap of two people.
+    continuous: pixel i covers [i, i + 1). Photos are turned upright by their EXIF tag first. iou is
+    the largest overlap of two people.
     """
+    images = [ImageOps.exif_transpose(image) for image in images]
     fitted = [fit_image(to_rgb(image), file["image_size"], file["pad"]) for image in images]
     out, _ = look(model, torch.stack([torch.from_numpy(x).permute(2, 0, 1) for x, _ in fitted]))
     found = []
@@ -78,7 +80,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")
     p.add_argument("--out", default="runs/predict", metavar="DIR", help="default: %(default)s")
     p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id is "
-                   "the file's name if all are numbers, else its place, counted from 0")
+                   "the file's name if all are numbers, else its place, counted from 0; pixel "
+                   "indices as in COCO, 0.5 less than predict() gives")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
     return parse(p, None, 0.3, 8, "json")
 
@@ -110,28 +113,27 @@ def main() -> None:
                     images[path] = to_rgb(ImageOps.exif_transpose(image))
             except UNREADABLE as error:
                 bad += 1
-                print(f"\r{path} cannot be read, skipped: {error}", file=sys.stderr, flush=True)
-        if not images:
-            continue
-        found = predict(model, file, list(images.values()), 0.0, args.iou)
+                print(f"{path} cannot be read, skipped: {error}", file=sys.stderr, flush=True)
+        found = predict(model, file, list(images.values()), 0.0, args.iou) if images else []
         for path, (boxes, scores, keypoints) in zip(images, found):
             best, n = max(best, scores[0]), (scores >= args.conf).sum()
             picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],
                                   skeleton["edges"], scores[:n], skeleton["flip"])
             picture.save(paths[path], quality=92)
             sheet += [picture] if len(sheet) < 16 else []
-            results += [{**result, "file_name": path}
-                        for result in to_coco(ids[path], 1, scores[:n], keypoints[:n])]
+            results += [{**result, "box": box, "file_name": path} for box, result in zip(
+                boxes.tolist(), to_coco(ids[path], 1, scores[:n], keypoints[:n]))]
         done = min(first + args.batch_size, len(files))
-        seconds = time.monotonic() - start
-        print(f"\r{done}/{len(files)} images  {done / seconds:.1f} img/s", end="", flush=True)
+        if done == len(files) or sys.stdout.isatty():
+            print(f"{done}/{len(files)} images  {done / (time.monotonic() - start):.1f} img/s",
+                  end="\n" if done == len(files) else "\r", flush=True)
     if args.sheet and sheet:
         contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
             os.path.join(args.out, "sheet.jpg"), quality=88)
     if args.json:
         write_text(args.json, json.dumps(results))
-    hint = "" if results else f" (--conf is {args.conf}, the best score {best:.2g})"
-    print(f"\n{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
+    hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.2g})"
+    print(f"{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
     if bad:
         sys.exit(f"predict.py: {bad} of {len(files)} files cannot be read; they are named above")
 

@@ -132,9 +132,11 @@ def make_plan(args: argparse.Namespace, images: int,
         raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
                          f"choose from 1 to {args.epochs}, and larger numbers of a small set")
     total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
+    if args.warmup == "auto":
+        warmup = min(warmup, total // 2)  # a short run
     if not 0 <= warmup < total:
-        raise ValueError(f"warmup of {warmup} steps does not fit into {total} steps of training; "
-                         f"train longer or warm up less")
+        raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total}; choose "
+                         f"fewer, or train longer")
     drops = [epoch * images / global_batch for epoch in args.lr_steps]
     return ends, Plan(total, warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
                       args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)

@@ -96,7 +96,7 @@ def factors(text: str) -> dict[str, float]:
     found = dict(item.split("=") for item in text.split(","))
     known = {"backbone", "neck", "heads", "mask"}
     if not found.keys() <= known or len(found) < len(text.split(",")):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, heads, mask")
     return {part: float(factor) for part, factor in found.items()}
 
 
@@ -104,7 +104,7 @@ def epochs_of(text: str) -> dict[str, int]:
     """Flag values like backbone:-1,bn: {part: epochs}, 0 for always."""
     found = dict((item + ":0").split(":")[:2] for item in text.split(","))
     if not found.keys() <= {"backbone", "neck", "bn"} or len(found) < len(text.split(",")):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, bn")
     return {part: int(epochs) for part, epochs in found.items()}
 
 
@@ -165,7 +165,8 @@ FLAGS = {
         ("max-lr", float, math.inf, "largest scaled rate"),
         ("lr-mult", factors, {}, "slower or faster parts, like backbone=0.1,neck=0.5"),
         ("warmup", str, None, "until the peak: steps, epochs (3e), or auto: 3 epochs of less than "
-         "10,000 images, else 1000 steps, at least 100 log2(images a step) above 256"),
+         "10,000 images, else 1000 steps, at least 100 log2(images a step) above 256; at most half "
+         "of the run"),
         ("warmup-shape", ("linear", "power", "cosine"), "linear", "of the rate"),
         ("warmup-gamma", float, 2.0, "exponent of --warmup-shape power"),
         ("warmup-start", float, None, "share of the peak at step 0"),
@@ -209,7 +210,7 @@ FLAGS = {
         ("sync-check", int, None, "steps between comparisons of all tensors of all processes"),
         ("eval-every", int, None, "epochs between evaluations"),
         ("patience", int, None, "stop after so many epochs without a better AP"),
-        ("log-every", int, 50, "steps between lines"),
+        ("log-every", int, 50, "steps between lines; step 5 tells a first ETA"),
         ("seed", int, 0, "of first weights, order and augmentation"),
     ],
 }
@@ -352,6 +353,11 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
+    mine, others = ({(os.path.realpath(folder), file) for file in annotations.files.tolist()}
+                    for annotations, folder, *_ in sets)
+    if mine & others and rank == 0:
+        print(f"check         {len(mine & others)} of {len(others)} images to evaluate are trained "
+              f"on, too: AP says nothing about others")
     changes = {name: getattr(args, name) for name in Augment._fields
                if name != "scale" and getattr(args, name, None) is not None}
     if args.scale is not None:

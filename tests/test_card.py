@@ -449,7 +449,7 @@ def test_each_way_of_looking_is_the_one_asked_for(small, official_n, run):
 
 @pytest.mark.parametrize("flags,complaint", [
     (["--card", "card.htm"], "--card card.htm must end in .html"),
-    (["--card", "nowhere/card.html"], "there is no folder nowhere"),
+    (["--card", "nowhere/card.html"], "nowhere/card.html is a folder, or in one that is not there"),
     (["--card", "a.html", "--metrics", "a.json"], "choose another name"),
     (["--amp", "fp16"], "choose from")])
 def test_bad_flags_are_refused(flags, complaint, capsys):

@@ -176,6 +176,17 @@ def test_a_hostile_name_stays_text():
     assert not any(name.startswith("on") or name == "a" for name in page.attrs)
 
 
+@pytest.mark.parametrize("figures, best", [
+    ([(0.2, 0.5), (0.3, 0.4)], 2), ([(0.3, 0.4), (0.2, 0.5)], 1),
+    ([(0.0, 0.1), (0.0, 0.2), (0.0005, 0.15)], 2), ([(-1, -1), (-1, -1)], 1)])
+def test_a_report_names_the_epoch_of_best_pt(figures, best):
+    """As train.py keeps it: by AP, and by OKS while AP is next to nothing."""
+    lines = [{"step": i, "epoch": i, "AP": ap, "OKS": oks}
+             for i, (ap, oks) in enumerate(figures, 1)]
+    header, row = Page(report_page("run", {"run": lines})).tables[0]
+    assert row[header.index("after epoch")] == str(best)
+
+
 def test_pages_need_no_other_file_and_images_come_back():
     pixels = np.linspace(0, 255, 30 * 40 * 3).reshape(30, 40, 3).astype(np.uint8)
     page = Page(html_page("t", [html_image(Image.fromarray(pixels), "small"),

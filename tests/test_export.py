@@ -50,7 +50,11 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
     if kind == "onnx":
         onnx_packages()
     path = str(tmp_path / f"x.{kind}")
+    compared, real = [], export.largest_difference
+    monkeypatch.setattr(export, "largest_difference", lambda a, b, images: (
+        compared.extend(tuple(x.shape) for x in images) or real(a, b, images)))
     assert call(monkeypatch, "--weights", weights, "--format", kind, "--out", path) is None
+    assert {(1, 3, 96, 96), (3, 3, 96, 96), (1, 3, 160, 128), (3, 3, 160, 128)} == set(compared)
     assert os.listdir(tmp_path) == [f"x.{kind}"]
     model, _ = load_model(weights)
     eager, run = export.Exported(model), export.open_file(path)
@@ -94,12 +98,21 @@ def test_a_file_that_differs_is_not_written(weights, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--format", "pt2", "--int8"], 2), (["--format", "onnx", "--int8"], 2),
+    (["--format", "onnx", "--json", "a.json"], 2),
+    (["--format", "onnx", "--int8", "--json", "a.json", "--images", "a"], 2),
+    (["--format", "pt2", "--out", "."], 2),
     (["--format", "pt2", "--out", "x.onnx"], 2),
     (["--format", "pt2", "--data", "nowhere"], "no folder nowhere/val2017"),
     (["--format", "pt2", "--weights", "nowhere.pt"], "nowhere.pt"),
-    (["--format", "pt2", "--out", "nowhere/x.pt2"], "nowhere"),
+    (["--format", "pt2", "--out", "nowhere/x.pt2"], 2),
+    (["--format", "pt2", "--weights", "32 px"], "needs at least 64"),
 ])
-def test_bad_input_gets_one_line(weights, monkeypatch, flags, message):
+def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, flags, message):
+    if "32 px" in flags:
+        file = torch.load(weights, weights_only=True)
+        file["args"]["image_size"] = 32
+        torch.save(file, tmp_path / "32 px")
+        monkeypatch.chdir(tmp_path)
     said = call(monkeypatch, "--weights", weights, *flags)
     assert said == message or message in said and "\n" not in said
 
@@ -118,8 +131,10 @@ def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_pa
     import onnx
     draw_dataset(str(tmp_path / "people"), train=4, val=4, side=96)
     path, parts = tmp_path / "x.onnx", None
-    flags = ["--weights", weights, "--format", "onnx", "--int8", "--data", tmp_path / "people",
-             "--out", path]
+    labels = tmp_path / "people" / "annotations" / "person_keypoints_"
+    flags = ["--weights", weights, "--format", "onnx", "--int8", "--json", f"{labels}val2017.json",
+             "--images", tmp_path / "people" / "val2017", "--train-json", f"{labels}train2017.json",
+             "--train-images", tmp_path / "people" / "train2017", "--out", path]
     real = export.parts_of
 
     def few(path):  # two parts are enough to see the rule at work
@@ -131,7 +146,9 @@ def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_pa
     costs = [torch.tensor(row) for row in ([0.0, 0.0], [1.0, 0.0])]
     assert call(monkeypatch, *flags) is None
     assert len(parts) == 22 and not any("decode" in name or name == "" for name in parts)
-    graph = onnx.load(str(path)).graph
+    made = onnx.load(str(path))
+    graph, inside = made.graph, {p.key: json.loads(p.value) for p in made.metadata_props}
+    assert inside["names"] == COCO_NAMES and inside["post"] == 20
     weights_int8 = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
     for part, int8 in (("backbone.stage4.", True), ("heads.head1.", False)):
         names = [n for n in weights_int8 if f"model.{part}" in n]

@@ -74,6 +74,9 @@ def test_a_turned_photo_shows_the_same_people(weights, tmp_path, monkeypatch, ca
     people = json.loads(found.read_text())
     first, second = ([p["keypoints"] for p in people if p["image_id"] == i] for i in (0, 1))
     assert first and first == second
+    turned = predict(*load_model(weights), [Image.open(tmp_path / "1.png")], conf=0.1)[0]
+    np.testing.assert_array_equal(turned[2].shape, np.reshape(first, (-1, 17, 3)).shape)
+    np.testing.assert_allclose(turned[0], [p["box"] for p in people if p["image_id"]], atol=1e-2)
     assert Image.open(tmp_path / "o" / "1.jpg").size == Image.open(tmp_path / "o" / "0.jpg").size
 
 
@@ -163,7 +166,10 @@ def test_any_mode_and_shape_is_drawn(weights, tmp_path, monkeypatch, capsys, mod
     (["nowhere.jpg"], 1, "nowhere.jpg: no image"),
     ([".", "--weights", "nowhere.pt"], 1, "nowhere.pt"),
     ([".", "--image-size", "100"], 2, "must be a multiple of 32"),
-    ([".", "--conf", "2"], 2, "--conf and --iou in 0 to 1"),
+    ([".", "--conf", "2"], 2, "--conf 2.0 must lie in 0 to 1"),
+    ([".", "--batch-size", "0"], 2, "--batch-size 0 must be positive"),
+    ([".", "--model", "s"], 1, "is of size n, not s"),
+    ([".", "--json", "."], 2, ". is a folder, or in one that is not there"),
 ])
 def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, code, message):
     photo(9, 9).save(tmp_path / "a.png")

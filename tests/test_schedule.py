@@ -1,4 +1,5 @@
 """Curves against closed forms, averages by hand, stopping by a script of numbers."""
+import argparse
 import math
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from model import YoloNasPose
-from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, curves, ema_decay, lr_share,
+from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, curves, ema_decay, lr_share, make_plan,
                       make_scheduler, momentum_at, param_groups, scaled_lr, set_momentum,
                       sigma_scale, warmup_steps)
 
@@ -145,6 +146,17 @@ def test_warmup_lengths():
     assert warmup_steps("auto", 5000, 512) == 900  # 100 log2(512)
     with pytest.raises(ValueError, match="expected steps"):
         warmup_steps("long", 10, 1)
+
+
+@pytest.mark.parametrize("epochs, warmup, steps", [
+    (100, "auto", 30), (4, "auto", 20), (1, "auto", 5), (4, "3e", 30)])
+def test_an_automatic_warmup_leaves_half_of_a_short_run(epochs, warmup, steps):
+    """100 images in steps of 10: 3 epochs are 30 steps, as asked for or unless that is too long."""
+    args = argparse.Namespace(
+        epochs=epochs, warmup=warmup, resume=False, save_epochs=[], lr_steps=[], final_ratio=0.05,
+        warmup_start=0.0, warmup_shape="linear", warmup_gamma=2.0, schedule="cosine",
+        lr_factor=0.1, restarts=0)
+    assert make_plan(args, 100, 10)[1].warmup == steps
 
 
 def test_equal_global_batches_get_equal_rates():

@@ -133,6 +133,20 @@ def test_start_weights_are_loaded_and_listed(small):
     assert "weights loaded 886" in " ".join(done.stdout.split())
 
 
+def test_images_in_both_sets_are_counted(small, capsys):
+    """COCO's folders share no file; the same folder under another name does."""
+    (small / "again").symlink_to(small / "people" / "val2017")
+    labels = str(small / "people" / "annotations" / "person_keypoints_{}2017.json")
+    for name, folder, shared in (("train", "people/train2017", False), ("val", "again", True)):
+        args = parse_args(["--train-json", labels.format(name), "--train-images",
+                           str(small / folder), "--val-json", labels.format("val"),
+                           "--val-images", str(small / "people" / "val2017")])
+        fill_recipe(args)
+        _, val_set, _ = open_data(args, 0)
+        n, out = len(val_set), capsys.readouterr().out
+        assert (f"{n} of {n} images to evaluate are trained on, too" in out) == shared
+
+
 def test_weights_of_other_keypoints_are_taken_by_name(small):
     args = parse_args(["--data", str(small / "people"), "--weights", str(small / "run/best.pt")])
     fill_recipe(args)
@@ -165,21 +179,21 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--train-json", "a.json"], 2, "--train-images is missing"),
     (["--data", "/nowhere"], 1, "no folder /nowhere/train2017"),
     (["--resume", "--out", "/nowhere"], 1, "no whole last.pt or previous.pt in /nowhere"),
-    (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "No such file"),
+    (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "no such file; expected a checkpoint"),
     (["--weights", __file__, "--data", "PEOPLE"], 1, "is no checkpoint"),
     (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
-    (["--lr-mult", "tail=2"], 2, "invalid factors value: 'tail=2'"),
+    (["--lr-mult", "tail=2"], 2, "tail=2, expected each once: backbone, neck, heads, mask"),
     (["--occlude", "2"], 2, "--occlude 2.0 must lie in 0 to 1"),
-    (["--freeze", "bn:1,bn:-1"], 2, "invalid epochs_of value"),
+    (["--freeze", "bn:1,bn:-1"], 2, "bn:1,bn:-1, expected each once: backbone, neck, bn"),
     (["--resume", "--dry-run"], 2, "--resume goes on with a run"),
     (["--distill-weight", "2"], 2, "is of no use without --teacher"),
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "no step completes all of these"),
-    (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "No such file"),
+    (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "no such file; expected a checkpoint"),
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
-    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "train longer or warm up less"),
+    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "--warmup 2 is 2 steps, of a run"),
     (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
     (["--data", "PEOPLE", "--out", __file__ + "/run"], 1, "Not a directory"),
     (["--epoch", "2", "--lr-shape", "x"], 2, "unrecognized arguments: --lr-shape x"),
