@@ -402,41 +402,54 @@ class YoloNasPose(nn.Module):
         return self.eval().requires_grad_(False)
 
 
-class AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes. So is the gradient: each one's loss depends on it."""
+class SyncNorm(torch.autograd.Function):
+    """Batch norm of x (B, C, H, W) by mean and variance of all processes' pixels, which come along.
+
+    Squares are taken about each process's own mean, then moved: about 0 they would cancel. Each
+    process's loss depends on the others' x, too: https://arxiv.org/abs/1502.03167 summed over all.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        c, wide = x.shape[1], x.to(torch.promote_types(x.dtype, torch.float32))
+        own = wide.mean((0, 2, 3))                                                # (C,)
+        squares = (wide - own[:, None, None]).square_().sum((0, 2, 3))            # (C,)
+        mine = torch.cat([own, squares, own.new_tensor([x.numel() / c])])
+        shares = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, mine)
+        own, squares, pixels = torch.stack(shares).split([c, c, 1], 1)            # (processes, ...)
+        total = pixels.sum()
+        mean = (own * pixels).sum(0) / total                                      # (C,)
+        var = (squares + pixels * (own - mean).square()).sum(0) / total           # (C,)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), total)
+        ctx.mark_non_differentiable(mean, var, total)
+        return F.batch_norm(wide, mean, var, weight, bias, eps=eps).to(x.dtype), mean, var, total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return AllReduce.apply(grad)
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, total = ctx.saved_tensors
+        wide = grad.to(mean.dtype)                                                # (B, C, H, W)
+        normed = (x - mean[:, None, None]).mul_(scale[:, None, None])             # (B, C, H, W)
+        sums = torch.stack([wide.sum((0, 2, 3)), (wide * normed).sum((0, 2, 3))])   # (2, C)
+        means = sums.clone()
+        dist.all_reduce(means)
+        low, tilt = (means / total)[..., None, None]                              # (C, 1, 1) each
+        out = (wide - normed.mul_(tilt)).sub_(low).mul_((weight * scale)[:, None, None])
+        return out.to(x.dtype), sums[1], sums[0], None
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that trains on the images of all processes; these may bring unequal numbers.
-
-    The mean comes first, then the squares about it: in one pass they cancel far from 0.
-    """
+    """BatchNorm2d that trains on the images of all processes; these may bring unequal numbers."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        pixels = wide.new_tensor([x.numel() / x.shape[1]])
-        total = AllReduce.apply(torch.cat([wide.sum((0, 2, 3)), pixels]))         # (C + 1,)
-        mean, count = total[:-1] / total[-1], total[-1]                           # (C,), ()
-        centered = wide - mean[:, None, None]                                     # (B, C, H, W)
-        var = AllReduce.apply(centered.square().sum((0, 2, 3))) / count           # (C,)
+        y, mean, var, total = SyncNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.running_var.lerp_(var * total / (total - 1), self.momentum)
             self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()                            # (C,)
-        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return y
 
 
 def sync_batch_norm(model: nn.Module) -> nn.Module:
