@@ -589,8 +589,8 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
                ) -> tuple[YoloNasPose, YoloNasPose | None, PoseLoss, dict[str, list[str]]]:
     """The network, the same on every process; its teacher; its loss; and load_weights' report."""
     sync = dist.is_initialized() and dist.get_world_size() > 1 and not args.no_sync_bn
-    if args.compile and device.type == "cuda" and sync:
-        raise ValueError("--compile cannot trace norms that are synced over GPUs; add "
+    if args.compile and sync:
+        raise ValueError("--compile cannot trace norms that are synced over processes; add "
                          "--no-sync-bn, or leave --compile out")
     place = {"device": device, "dtype": torch.float64 if args.double else torch.float32,
              "memory_format": torch.channels_last}

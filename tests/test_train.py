@@ -133,6 +133,15 @@ def test_start_weights_are_loaded_and_listed(small):
     assert "weights loaded 886" in " ".join(done.stdout.split())
 
 
+def test_compiling_synced_norms_is_refused(monkeypatch):
+    args = parse_args(["--compile"])
+    fill_recipe(args)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="add --no-sync-bn"):
+        make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cpu"))
+
+
 def test_images_in_both_sets_are_counted(small, capsys):
     """COCO's folders share no file; the same folder under another name does."""
     (small / "again").symlink_to(small / "people" / "val2017")
