@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from data import COCO_NAMES
-from model import YoloNasPose
+from model import YoloNasPose, sync_batch_norm
 from people import draw_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +70,48 @@ def tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
         elif isinstance(value, (dict, list)):
             found |= tensors(value, f"{prefix}{key}/")
     return found
+
+
+def norm_some(norm: torch.nn.Module, x: torch.Tensor, weigh: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradients of input, weight and bias, and statistics after one step of a norm."""
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = norm(x)
+    (y * weigh).sum().backward()
+    return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean,
+            norm.running_var]
+
+
+def norm_images(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A norm, five images far from 0, and weights of their outputs."""
+    g = torch.Generator().manual_seed(0)
+    norm = torch.nn.BatchNorm2d(3, eps=1e-6, momentum=0.3, dtype=dtype)
+    norm.weight.data, norm.bias.data = (torch.randn(3, generator=g).to(dtype) for _ in range(2))
+    x, weigh = (torch.randn(5, 3, 4, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    return norm, (300 + x * torch.tensor([1.0, 2, 3])[:, None, None]).to(dtype), weigh.to(dtype)
+
+
+def norm_share(rank: int, folder: str) -> None:
+    """Process 0 has three of the images, process 1 two."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        norm, *both = norm_images(dtype)
+        x, weigh = (t[3 * rank:3 + 2 * rank] for t in both)
+        found.append(norm_some(sync_batch_norm(torch.nn.Sequential(norm))[0], x, weigh))
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def test_a_synced_norm_is_one_norm_of_all_images(tmp_path):
+    """Also where processes bring unequal numbers, and the mean is 300 times the spread."""
+    torch.multiprocessing.spawn(norm_share, (str(tmp_path),), nprocs=2)
+    norm, *both = norm_images(torch.float64)
+    want = norm_some(norm, *both)
+    shares = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for zero, one, tolerance in zip(*shares, (1e-10, 2e-3)):
+        found = [torch.cat([zero[i], one[i]]) for i in (0, 1)] + [zero[i] + one[i] for i in (2, 3)]
+        assert torch.equal(zero[4], one[4]) and torch.equal(zero[5], one[5])
+        for a, b in zip([*found, *zero[4:]], want):
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
 def largest_difference(a: Path, b: Path) -> tuple[float, str]:
