@@ -312,8 +312,7 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
     """
     rows, terms = [], {}
     for run, lines in runs.items():
-        best = max((line for line in lines if "AP" in line and "epoch" in line),
-                   key=lambda line: (max(line["AP"], 0.001), line.get("OKS", 0)), default={})
+        best = next((line for line in reversed(lines) if "best" in line), {})
         last = next((line for line in reversed(lines) if "loss" in line), {})
         terms |= dict.fromkeys(name for name in last if name not in ("step", "epoch", *PACE))
         rows.append([run, best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""),
@@ -408,9 +407,10 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
 
-    def evaluation(self, step: int, of: str, number: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, of: str, number: int, metrics: dict[str, float],
+                   best: bool = False) -> None:
         """Report the numbers of `epoch` 3, or of the `average of` 10 epochs; -1 is of nobody."""
-        self.write({"step": step, of: number, **metrics})
+        self.write({"step": step, of: number, **metrics, **({"best": 1} if best else {})})
         known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
         print(f"{of} {number}  " + "  ".join(known), flush=True)
 

@@ -588,6 +588,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("give --data DIR, or --json FILE and --images DIR")
     if args.card and not args.card.endswith(".html"):
         p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")
+    if args.card:
+        check_place(p, args.card[:-4] + "json")
     if args.card and args.card[:-4] + "json" in (args.metrics, args.results):
         p.error(f"--card writes its numbers to {args.card[:-4]}json; choose another name")
     return args

@@ -154,6 +154,7 @@ def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> Non
                     quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
                     op_types_to_quantize=INT8_OPS, nodes_to_quantize=nodes)
+    logging.disable(logging.NOTSET)
 
 
 def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> None:
@@ -174,8 +175,8 @@ def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> N
     quantize(path, out, images, kept)
     print(f"in float: {', '.join(floats) or 'no part'}")
     made = onnx.load(out)
-    mark, = (p for p in made.metadata_props if p.key == "onnx.infer")  # not json, as others are
-    made.metadata_props.remove(mark)
+    for mark in [p for p in made.metadata_props if p.key == "onnx.infer"]:
+        made.metadata_props.remove(mark)  # not json, as the others are
     onnx.save(made, out)
 
 

@@ -439,7 +439,7 @@ class SyncNorm(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that trains on the images of all processes; these may bring unequal numbers."""
+    """BatchNorm2d that trains on the images of all processes; each brings one or more."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -80,8 +80,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")
     p.add_argument("--out", default="runs/predict", metavar="DIR", help="default: %(default)s")
     p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id is "
-                   "the file's name if all are numbers, else its place, counted from 0; pixel "
-                   "indices as in COCO, 0.5 less than predict() gives")
+                   "the file's name if all are numbers, else its place, counted from 0; its "
+                   "keypoints are pixel indices as in COCO, 0.5 less than predict()'s; box is not")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
     return parse(p, None, 0.3, 8, "json")
 
@@ -116,7 +116,7 @@ def main() -> None:
                 print(f"{path} cannot be read, skipped: {error}", file=sys.stderr, flush=True)
         found = predict(model, file, list(images.values()), 0.0, args.iou) if images else []
         for path, (boxes, scores, keypoints) in zip(images, found):
-            best, n = max(best, scores[0]), (scores >= args.conf).sum()
+            best, n = max([best, *scores[:1]]), (scores >= args.conf).sum()
             picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],
                                   skeleton["edges"], scores[:n], skeleton["flip"])
             picture.save(paths[path], quality=92)
@@ -132,7 +132,7 @@ def main() -> None:
             os.path.join(args.out, "sheet.jpg"), quality=88)
     if args.json:
         write_text(args.json, json.dumps(results))
-    hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.2g})"
+    hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.3f})"
     print(f"{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
     if bad:
         sys.exit(f"predict.py: {bad} of {len(files)} files cannot be read; they are named above")

@@ -106,6 +106,7 @@ class WarmupEnd:
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
+        self.end = self.end if self.dynamic else self.planned  # which --epochs may have changed
 
 
 def sigma_scale(step: int, steps: int, start: float) -> float:
@@ -133,7 +134,7 @@ def make_plan(args: argparse.Namespace, images: int,
                          f"choose from 1 to {args.epochs}, and larger numbers of a small set")
     total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
     if args.warmup == "auto":
-        warmup = min(warmup, total // 2)  # a short run
+        warmup = min(warmup, total // (args.restarts + 1) // 2)  # of a short run
     if not 0 <= warmup < total:
         raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total}; choose "
                          f"fewer, or train longer")

@@ -166,7 +166,7 @@ FLAGS = {
         ("lr-mult", factors, {}, "slower or faster parts, like backbone=0.1,neck=0.5"),
         ("warmup", str, None, "until the peak: steps, epochs (3e), or auto: 3 epochs of less than "
          "10,000 images, else 1000 steps, at least 100 log2(images a step) above 256; at most half "
-         "of the run"),
+         "of the steps until --restarts"),
         ("warmup-shape", ("linear", "power", "cosine"), "linear", "of the rate"),
         ("warmup-gamma", float, 2.0, "exponent of --warmup-shape power"),
         ("warmup-start", float, None, "share of the peak at step 0"),
@@ -353,7 +353,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
-    mine, others = ({(os.path.realpath(folder), file) for file in annotations.files.tolist()}
+    mine, others = (set(map(f"{os.path.realpath(folder)}/{{}}".format, annotations.files.tolist()))
                     for annotations, folder, *_ in sets)
     if mine & others and rank == 0:
         print(f"check         {len(mine & others)} of {len(others)} images to evaluate are trained "
@@ -696,7 +696,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
     listed = [f"best_{e}.pt" for _, e in at.best]
     at.best = sorted([*at.best, [metrics["AP"], epoch]], reverse=True)[:args.average_best]
     if rank == 0:
-        log.evaluation(at.step, "epoch", epoch, metrics)
+        log.evaluation(at.step, "epoch", epoch, metrics, stopper.best > best)
         save_people(f"{args.out}/predictions.jpg", dataset,
                     [(0, i) for i in range(min(16, len(dataset)))], ema.model)
         log.report(extremes(ema.model, dataset, truth, by_image))

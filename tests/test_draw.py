@@ -176,17 +176,6 @@ def test_a_hostile_name_stays_text():
     assert not any(name.startswith("on") or name == "a" for name in page.attrs)
 
 
-@pytest.mark.parametrize("figures, best", [
-    ([(0.2, 0.5), (0.3, 0.4)], 2), ([(0.3, 0.4), (0.2, 0.5)], 1),
-    ([(0.0, 0.1), (0.0, 0.2), (0.0005, 0.15)], 2), ([(-1, -1), (-1, -1)], 1)])
-def test_a_report_names_the_epoch_of_best_pt(figures, best):
-    """As train.py keeps it: by AP, and by OKS while AP is next to nothing."""
-    lines = [{"step": i, "epoch": i, "AP": ap, "OKS": oks}
-             for i, (ap, oks) in enumerate(figures, 1)]
-    header, row = Page(report_page("run", {"run": lines})).tables[0]
-    assert row[header.index("after epoch")] == str(best)
-
-
 def test_pages_need_no_other_file_and_images_come_back():
     pixels = np.linspace(0, 255, 30 * 40 * 3).reshape(30, 40, 3).astype(np.uint8)
     page = Page(html_page("t", [html_image(Image.fromarray(pixels), "small"),
@@ -216,7 +205,8 @@ def made_up_log(folder: Path, seed: int) -> list[dict]:
             lines.append({"step": step, "skipped": 1 + step // 30, "not_finite": ["pose_reg"]})
         if step % 20 == 0:
             lines.append({"step": step, "epoch": step // 20, "AP": number(), "AP50": number(),
-                          "AP75": number(), "AP_large": -1.0, "AR": number(), "OKS": number()})
+                          "AP75": number(), "AP_large": -1.0, "AR": number(), "OKS": number(),
+                          **({"best": 1} if step < 60 else {})})
     lines.append({**lines[-1], "average of": 2, "AP": 0.1234})
     del lines[-1]["epoch"]
     folder.mkdir()
@@ -248,12 +238,12 @@ def test_every_number_of_the_logs_is_in_a_table_and_in_a_curve(tmp_path, monkeyp
                 assert {name: float(cell) for name, cell in found.items()} == {
                     name: value for name, value in line.items()
                     if value != -1 and name != "not_finite"}
-        best = max(kinds[0][:-1], key=lambda line: line["AP"])
+        best = kinds[0][1]
         assert summary[i + 1] == [run, f"{best['AP']:.4g}", f"{best['OKS']:.4g}",
                                   str(best["epoch"]), "60", "3", f"{kinds[2][-1]['loss']:.4g}", "2"]
         titles = draw.PACE
         for line in kinds[0][:-1] + kinds[2]:
-            for name in line.keys() - {"step", "epoch", "AP_large"}:
+            for name in line.keys() - {"step", "epoch", "AP_large", "best"}:
                 chart, = (c for c in charts if labels_of(c)[0] == titles.get(name, name))
                 curve = run if count > 1 else titles.get(name, name)
                 assert re.search(f"{draw.COLORS[i]}[^>]*><title>{re.escape(html.escape(curve))}: "
@@ -308,13 +298,14 @@ def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
     assert "Evaluation" not in page.text and not page.images and "svg" not in page.tags
     assert page.tables[1] == [["step", "skipped", "not_finite"], ["0", "1", "cls"]]
     log.starts = ["first plan", "plan <2>"]
-    log.evaluation(3, "epoch", 1, {"AP": 0.25, "AR": -1.0, "OKS": 0.5})
+    log.evaluation(3, "epoch", 1, {"AP": 0.25, "AR": -1.0, "OKS": 0.5}, best=True)
     log.report([("worst: OKS 0.10", Image.new("RGB", (20, 10), "red"))])
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.index("plan <2>") < page.text.index("An earlier start") < page.text.index(
         "first plan") and page.images[0]["width"] == "20"
     assert page.tables[0][1] == [str(tmp_path), "0.25", "0.5", "1", "3", "", "", "1"]
-    assert page.tables[1] == [["step", "epoch", "AP", "AR", "OKS"], ["3", "1", "0.25", "", "0.5"]]
+    assert page.tables[1] == [["step", "epoch", "AP", "AR", "OKS", "best"],
+                              ["3", "1", "0.25", "", "0.5", "1"]]
     charts = re.findall("<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.S)
     assert [[len(line) for line in lines_of(chart)] for chart in charts] == [[1], [], [1]]
     log.skip(3, 2, Namespace(sums=[1.0, math.inf]))

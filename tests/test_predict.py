@@ -101,7 +101,7 @@ def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "o" / "sheet.jpg").size == (1920, 480)
     scores = sorted(r["score"] for r in results)
     for conf, said in ((scores[5], f"{len(scores) - 5} people in 2 images;"),
-                       (1, f"0 people in 2 images (--conf is 1.0, the best score {scores[-1]:.2g}")
+                       (1, f"0 people in 2 images (--conf is 1.0, the best score {scores[-1]:.3f}")
                        ):
         _, out, _ = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out",
                          tmp_path / "o", "--conf", conf)

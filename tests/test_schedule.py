@@ -137,6 +137,9 @@ def test_a_dynamic_warmup_waits_until_the_loss_falls():
     again = WarmupEnd(100, True)
     again.load_state_dict(moving.state_dict())
     assert vars(again) == vars(moving)
+    longer = WarmupEnd(150)  # the same run, resumed with more epochs
+    longer.load_state_dict(fixed.state_dict())
+    assert longer.end == 150
 
 
 def test_warmup_lengths():
@@ -148,14 +151,15 @@ def test_warmup_lengths():
         warmup_steps("long", 10, 1)
 
 
-@pytest.mark.parametrize("epochs, warmup, steps", [
-    (100, "auto", 30), (4, "auto", 20), (1, "auto", 5), (4, "3e", 30)])
-def test_an_automatic_warmup_leaves_half_of_a_short_run(epochs, warmup, steps):
+@pytest.mark.parametrize("epochs, warmup, restarts, steps", [
+    (100, "auto", 0, 30), (4, "auto", 0, 20), (4, "auto", 1, 10), (1, "auto", 0, 5),
+    (4, "3e", 0, 30)])
+def test_an_automatic_warmup_leaves_half_of_a_short_run(epochs, warmup, restarts, steps):
     """100 images in steps of 10: 3 epochs are 30 steps, as asked for or unless that is too long."""
     args = argparse.Namespace(
         epochs=epochs, warmup=warmup, resume=False, save_epochs=[], lr_steps=[], final_ratio=0.05,
         warmup_start=0.0, warmup_shape="linear", warmup_gamma=2.0, schedule="cosine",
-        lr_factor=0.1, restarts=0)
+        lr_factor=0.1, restarts=restarts)
     assert make_plan(args, 100, 10)[1].warmup == steps
 
 

@@ -63,6 +63,7 @@ def test_a_run_says_its_plan_and_leaves_what_it_promised(small):
               for line in lines if "AP" in line}  # while AP is 0, OKS says which is best
     best = torch.load(small / "run" / "best.pt", weights_only=True)["step"]
     assert scores[best] >= max(scores.values()) - 1e-4 and max(scores.values()) < 0
+    assert [line["step"] for line in lines if "best" in line][-1] == best  # the report goes by it
     for name in ("first_batch.jpg", "predictions.jpg", "best.pt", "last.pt"):
         assert (small / "run" / name).stat().st_size > 1000
     last = torch.load(small / "run" / "last.pt", weights_only=True)
