@@ -353,7 +353,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
-    mine, others = (set(map(f"{os.path.realpath(folder)}/{{}}".format, annotations.files.tolist()))
+    mine, others = (set(map(f"{os.path.realpath(folder)}/".__add__, annotations.files.tolist()))
                     for annotations, folder, *_ in sets)
     if mine & others and rank == 0:
         print(f"check         {len(mine & others)} of {len(others)} images to evaluate are trained "
