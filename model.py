@@ -577,10 +577,10 @@ def write_atomically(path: str, content: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        reason = error if isinstance(error, OSError) else error.__context__
+        reason = error.__context__ or error
         if isinstance(reason, OSError):
-            raise OSError(reason.errno, reason.strerror, path) from None
-        raise
+            reason.filename = path
+        raise reason
 
 
 def save_last(out: str, state: dict) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong on other people's machines, and files full of noise: one line, nothing lost."""
 import fcntl
+import io
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from data import (MOSAIC, MOSAIC_HEAVY, PAD_MODES, UNREADABLE, CocoPose, DataErr
                   flatten, open_image, read_json, read_skeleton)
 from evaluate import load_model
 from loss import PoseLoss
-from model import YoloNasPose, decode, load_weights
+from model import YoloNasPose, decode, load_weights, write_atomically
 from people import draw_dataset
 from schedule import param_groups
 from test_distributed import FLAGS, ROOT, checkpoint, family, same_run
@@ -248,7 +249,7 @@ def wait_for(run: subprocess.Popen, out: Path, lines: int) -> None:
 
 def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_path):
     """Each ends the run, in one line where it can be seen; it goes on to an unbroken run's bits."""
-    start(*flags_for(data, tmp_path / "whole", "--epochs", 2, "--workers", 1)).communicate()
+    whole = start(*flags_for(data, tmp_path / "whole", "--epochs", 2, "--workers", 1))
     out = tmp_path / "run"
     run = start(*flags_for(data, out, "--epochs", 2, "--workers", 1))
     wait_for(run, out, 2)
@@ -278,7 +279,21 @@ def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_
     os.close(terminal)  # the system sends SIGHUP, and what the run says from now on is an error
     assert run.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(out)["step"] >= before + 2
     assert start("--out", out, "--resume").communicate(timeout=100)[1] == ""
+    whole.communicate()
     same_run(tmp_path / "whole", out)
+
+
+def test_a_loader_that_dies_while_a_file_is_written_is_named(tmp_path, monkeypatch):
+    """torch.save then ends with an error of its own, about the file."""
+    class Dies(io.FileIO):
+        def write(self, content):
+            if self.tell() > 100:  # torch's handler of the signal that a child ended
+                raise RuntimeError("DataLoader worker (pid 7) is killed")
+            return super().write(content)
+    monkeypatch.setattr("model.open", lambda path, mode: Dies(path, "w"), raising=False)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        write_atomically(str(tmp_path / "last.pt"), {"a": torch.ones(999)})
+    assert not os.listdir(tmp_path)
 
 
 def test_a_taken_port_is_said_in_one_line(monkeypatch):
