@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train as t
 from data import COCO_NAMES
 from model import YoloNasPose, sync_batch_norm
 from people import draw_dataset
@@ -50,10 +51,22 @@ def start(*flags, **how) -> subprocess.Popen:
 
 def train(*flags, code: int = 0, **how) -> str:
     """Run to the end and return what was printed."""
-    run = start(*flags, **how)
+    return end(start(*flags, **how), code)
+
+
+def end(run: subprocess.Popen, code: int = 0) -> str:
+    """Wait for it and return what was printed."""
     out, err = run.communicate(timeout=500)
     assert run.returncode == code, out + err
     return out + err
+
+
+def run_here(monkeypatch, *flags, patch: str = "") -> None:
+    """The same in this process, one that has imported all; patches of t.to_input are taken back."""
+    monkeypatch.setattr(t, "to_input", t.to_input)
+    exec(patch, {"t": t, "os": os})
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    t.main()
 
 
 def checkpoint(folder: Path, name: str = "last.pt") -> dict:
@@ -170,7 +183,7 @@ def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills
     rng = random.Random(seed)
     flags = ["--data", data, *FLAGS, "--epochs", 4, "--batch-size", 4 // processes, "--save-every",
              2, "--eval-every", 1, *flags]
-    train(*flags, "--out", folder / "unbroken", processes=processes)
+    unbroken = start(*flags, "--out", folder / "unbroken", processes=processes)
     run = start(*flags, "--out", folder / "killed", processes=processes)
     for number, lines in enumerate(sorted(rng.sample(range(1, 15), kills))):
         deadline = time.time() + 120
@@ -182,8 +195,8 @@ def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills
         assert run.poll() is None, run.communicate()  # it was alive
         kill(run)
         run = start("--out", folder / "killed", "--resume", processes=processes)
-    out, err = run.communicate(timeout=500)
-    assert run.returncode == 0, out + err
+    end(run)
+    end(unbroken)
     same_run(folder / "unbroken", folder / "killed")
 
 
@@ -210,18 +223,24 @@ def data(tmp_path_factory) -> Path:
     return small_set(tmp_path_factory.mktemp("few"), 12, 4)
 
 
-def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
-           steps: int = 5, **how) -> Path:
-    said = train("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps,
+def start_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
+             steps: int = 5, **how) -> subprocess.Popen:
+    return start("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps,
                  "--workers", 0, "--batch-size", batch, "--accumulate", accumulate, *more,
                  processes=processes, **how)
+
+
+def run_of(data: Path, out: Path, *given, **how) -> Path:
+    said = end(start_of(data, out, *given, **how))
     (out / "said").write_text(said)
     return out
 
 
 def test_two_processes_train_the_model_of_one(data, tmp_path):
-    one = run_of(data, tmp_path / "1x4", 1, 4, 1, "--double")
-    two = run_of(data, tmp_path / "2x2", 2, 2, 1, "--double", "--sync-check", "2")
+    one, two = tmp_path / "1x4", tmp_path / "2x2"
+    beside = start_of(data, one, 1, 4, 1, "--double")
+    run_of(data, two, 2, 2, 1, "--double", "--sync-check", "2")
+    end(beside)
     assert largest_difference(two, one)[0] <= 1e-10
     logs = [(p / "log.jsonl").read_text().splitlines() for p in (one, two)]
     for a, b in zip(*(map(json.loads, log) for log in logs)):
@@ -229,8 +248,10 @@ def test_two_processes_train_the_model_of_one(data, tmp_path):
 
 
 def test_accumulation_is_a_larger_batch(data, tmp_path):
-    one = run_of(data, tmp_path / "1x4", 1, 4, 1, "--double", "--freeze", "bn")
-    two = run_of(data, tmp_path / "1x2x2", 1, 2, 2, "--double", "--freeze", "bn")
+    one, two = tmp_path / "1x4", tmp_path / "1x2x2"
+    beside = start_of(data, one, 1, 4, 1, "--double", "--freeze", "bn")
+    run_of(data, two, 1, 2, 2, "--double", "--freeze", "bn")
+    end(beside)
     assert largest_difference(two, one)[0] <= 1e-10
 
 
@@ -376,9 +397,10 @@ t.Log.step = step""")
     assert largest_difference(tmp_path / "moved", one)[0] <= 1e-10
 
 
-def test_one_process_skips_a_step_that_is_not_finite(data, tmp_path):
-    out = run_of(data, tmp_path / "run", 1, 4, 1, steps=3, patch=NAN_IMAGE)
-    state = checkpoint(out)
+def test_one_process_skips_a_step_that_is_not_finite(data, tmp_path, monkeypatch):
+    run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
+             "--batch-size", 4, "--workers", 0, "--max-steps", 3, patch=NAN_IMAGE)
+    state = checkpoint(tmp_path)
     assert (state["step"], state["skipped"]) == (3, 1)
     assert all(t.isfinite().all() for t in tensors(state).values())
 
@@ -395,11 +417,13 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, patch, what):
     assert lines[2]["skipped"] == 1 and what in lines[2]["not_finite"]
 
 
-def test_too_many_skipped_steps_end_the_run_and_name_the_images(data, tmp_path):
-    said = train("--data", data, "--out", tmp_path / "run", *FLAGS, "--epochs", 8, "--batch-size",
-                 2, "--workers", 0, "--max-skipped", 3, patch=ALWAYS_NAN, code=1)
+def test_too_many_skipped_steps_end_the_run_and_name_the_images(data, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
+                 "--batch-size", 2, "--workers", 0, "--max-skipped", 3, patch=ALWAYS_NAN)
+    said = str(stopped.value)
     assert "3 steps in a row were not finite (scores, cls" in said and "images" in said
-    assert checkpoint(tmp_path / "run")["step"] == 0
+    assert checkpoint(tmp_path)["step"] == 0
 
 
 @pytest.mark.long
@@ -431,22 +455,27 @@ def test_both_processes_stop_at_the_same_epoch_also_after_a_resume(data, tmp_pat
     assert "stopped early" in train("--out", tmp_path / "a", "--resume")
 
 
-def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data, tmp_path):
-    out = run_of(data, tmp_path / "run", 1, 4, 1, "--save-every", 1, steps=2)
+def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data, tmp_path,
+                                                                            monkeypatch, capsys):
+    out, resume = tmp_path / "run", ("--out", tmp_path / "run", "--resume")
+    run_here(monkeypatch, "--data", data, "--out", out, *FLAGS, "--epochs", 8, "--batch-size", 4,
+             "--workers", 0, "--save-every", 1, "--max-steps", 2)
     last = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(last[:len(last) // 2])
-    said = train("--out", out, "--resume", "--max-steps", 3, "--accumulate", 2)
+    run_here(monkeypatch, *resume, "--max-steps", 3, "--accumulate", 2)
+    said = capsys.readouterr().out
     assert "set aside as last.pt.damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")
-    said = train("--out", out, "--resume", "--lr", "0.1", code=1)
-    assert "last.pt is no checkpoint" in said and "--lr 0.1 differs from the 0.002" in said
-    said = train("--out", out, "--resume", "--batch-size", 3, code=1)
-    assert "a step of this run takes 4 images, which are not 1 processes x 3" in said
+    with pytest.raises(SystemExit, match="--lr 0.1 differs from the 0.002"):
+        run_here(monkeypatch, *resume, "--lr", 0.1)
+    assert "last.pt is no checkpoint" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="takes 4 images, which are not 1 processes x 3"):
+        run_here(monkeypatch, *resume, "--batch-size", 3)
     with open(out / "lock", "w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)
-        assert "another process is writing" in train("--out", out, "--resume", code=1)
+        assert "another process is writing" in train(*resume, code=1)
 
 
 PERMUTED = """

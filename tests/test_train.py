@@ -1,4 +1,5 @@
-"""train.py and evaluate.py as a user runs them: in processes of their own, on a small drawn set."""
+"""train.py and evaluate.py as a user runs them, on a small drawn set; some in this process, which
+spares them the start of another."""
 import json
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
+import train
 from data import MOSAIC_HEAVY, DataError, Skeleton, collate
 from evaluate import load_model
 from loss import TERMS, PoseLoss
@@ -26,20 +29,36 @@ SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-eve
          "--warmup", "2", "--workers", "1", "--log-every", "1"]
 
 
-def run(script: str, *flags, launcher: tuple = (sys.executable,),
-        folder: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True,
-                          text=True, timeout=250, cwd=folder)
+def start(*flags) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def end(run: subprocess.Popen) -> str:
+    """Wait for it, and return what it printed."""
+    out, err = run.communicate(timeout=250)
+    assert run.returncode == 0, err
+    return out
+
+
+def here(monkeypatch, capsys, script, *flags) -> tuple[str, str]:
+    """Call the script's main in this process; return what it printed, out and err."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    capsys.readouterr()
+    script.main()
+    return capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A folder with a set of 10 + 6 images and a finished run of 3 epochs in 8 steps."""
+    """A folder with a set of 10 + 6 images, a finished run of 3 epochs in 8 steps, and one that
+    stopped in the middle of an epoch."""
     folder = tmp_path_factory.mktemp("small")
     draw_dataset(str(folder / "people"), train=10, val=6, side=64)
-    done = run("train.py", "--data", folder / "people", "--out", folder / "run", *SMALL)
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout").write_text(done.stdout)
+    flags = ["--data", folder / "people", *SMALL]
+    stopped = start(*flags, "--out", folder / "resumed", "--max-steps", 4)
+    (folder / "stdout").write_text(end(start(*flags, "--out", folder / "run")))
+    end(stopped)
     return folder
 
 
@@ -74,10 +93,7 @@ def test_a_run_says_its_plan_and_leaves_what_it_promised(small):
 
 
 def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_by_bit(small):
-    args = ("--data", small / "people", "--out", small / "resumed", *SMALL)
-    assert run("train.py", *args, "--max-steps", 4).returncode == 0  # in the middle of an epoch
-    again = run("train.py", "--out", small / "resumed", "--resume")
-    assert again.returncode == 0, again.stderr
+    end(start("--out", small / "resumed", "--resume"))
     one, two = (torch.load(small / name / "last.pt", weights_only=True)
                 for name in ("run", "resumed"))
     for part in ("model", "ema"):
@@ -90,23 +106,22 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_by_bit(small):
     assert log_lines(small / "run", timing=False) == log_lines(small / "resumed", timing=False)
 
 
-def test_where_nothing_says_so_a_run_goes_to_runs_train(small, tmp_path):
+def test_where_nothing_says_so_a_run_goes_to_runs_train(small, tmp_path, monkeypatch, capsys):
     """And without --data it takes, or draws, people beside it."""
     (tmp_path / "drawn_people").symlink_to(small / "people")
-    done = run("train.py", "--max-steps", 1, "--image-size", 64, "--batch-size", 2, "--warmup", 2,
-               folder=tmp_path)
-    assert done.returncode == 0 and "default       " in done.stdout, done.stderr
-    assert (tmp_path / "runs" / "train" / "last.pt").exists()
-    again = run("train.py", "--resume", "--max-steps", 2, folder=tmp_path)
-    assert again.returncode == 0 and "1 done, 1 now" in again.stdout, again.stderr
+    monkeypatch.chdir(tmp_path)
+    said, _ = here(monkeypatch, capsys, train, "--max-steps", 1, "--image-size", 64, "--batch-size",
+                   2, "--warmup", 2)
+    assert "default       " in said and (tmp_path / "runs" / "train" / "last.pt").exists()
+    said, _ = here(monkeypatch, capsys, train, "--resume", "--max-steps", 2)
+    assert "1 done, 1 now" in said
 
 
-def test_evaluate_repeats_the_numbers_of_the_run(small):
+def test_evaluate_repeats_the_numbers_of_the_run(small, monkeypatch, capsys):
     numbers = small / "numbers.json"
-    done = run("evaluate.py", "--data", small / "people", "--weights", small / "run" / "last.pt",
-               "--workers", 1, "--batch-size", 4, "--metrics", numbers,
-               "--results", small / "results.json")
-    assert done.returncode == 0, done.stderr
+    here(monkeypatch, capsys, evaluate, "--data", small / "people", "--weights",
+         small / "run" / "last.pt", "--workers", 1, "--batch-size", 4, "--metrics", numbers,
+         "--results", small / "results.json")
     logged = [line for line in log_lines(small / "run") if "AP" in line][-1]
     for name, value in json.loads(numbers.read_text()).items():
         assert value == pytest.approx(logged[name], abs=1e-6)
@@ -127,11 +142,10 @@ def test_a_finished_model_is_used_from_python_as_the_readme_says(small):
         np.testing.assert_allclose(row, want, atol=1e-2)
 
 
-def test_start_weights_are_loaded_and_listed(small):
-    done = run("train.py", "--data", small / "people", "--out", small / "tuned", *SMALL,
-               "--max-steps", 1, "--weights", small / "run" / "best.pt")
-    assert done.returncode == 0, done.stderr
-    assert "weights loaded 886" in " ".join(done.stdout.split())
+def test_start_weights_are_loaded_and_listed(small, monkeypatch, capsys):
+    said, _ = here(monkeypatch, capsys, train, "--data", small / "people", "--out", small / "tuned",
+                   *SMALL, "--max-steps", 1, "--weights", small / "run" / "best.pt")
+    assert "weights loaded 886" in " ".join(said.split())
 
 
 def test_compiling_synced_norms_is_refused(monkeypatch):
@@ -239,14 +253,14 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
     assert message in refusal(monkeypatch, capsys, flags, 1)
 
 
-def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, tmp_path):
+def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, tmp_path,
+                                                                        monkeypatch, capsys):
     shutil.copytree(small / "people", tmp_path / "people")
     image = tmp_path / "people" / "train2017" / "000001.jpg"
     image.write_bytes(image.read_bytes()[:900])
-    done = run("train.py", "--data", tmp_path / "people", *SMALL, "--max-steps", "3", "--out",
-               tmp_path / "run", "--workers", 2)
-    assert done.returncode == 0
-    assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
+    _, err = here(monkeypatch, capsys, train, "--data", tmp_path / "people", *SMALL, "--out",
+                  tmp_path / "run", "--max-steps", 3, "--workers", 2)
+    assert [line.split(" (")[0] for line in err.splitlines()] == [
         f"bad image: {image}: image file is truncated"]
     assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["bad"]) == 1
 
@@ -348,23 +362,24 @@ def test_every_flag_has_a_default_and_is_of_its_kind():
     assert source.keys() | {"given"} == vars(args).keys()
 
 
-def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small):
-    done = run("train.py", "--data", small / "people", "--out", small / "dry", "--dry-run",
-               "--image-size", "64", "--batch-size", "4", "--epochs", "30", "--warmup", "3e")
-    assert done.returncode == 0, done.stderr
+def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small, monkeypatch, capsys):
+    said, _ = here(monkeypatch, capsys, train, "--data", small / "people", "--out", small / "dry",
+                   "--dry-run", "--image-size", "64", "--batch-size", "4", "--epochs", "30",
+                   "--warmup", "3e")
     for part in ("labeled       nose 100%", "box sides", "step 20/75", "img/s", "ETA"):
-        assert part in done.stdout
-    assert "  AP " not in done.stdout  # 20 steps complete 8 epochs
+        assert part in said
+    assert "  AP " not in said  # 20 steps complete 8 epochs
     assert sorted(p.name for p in (small / "dry").rglob("*")) == [
         "curves.svg", "dry_run", "first_batch.jpg", "lock"]
 
 
-def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_path):
-    flags = ("--data", small / "people", "--out", tmp_path, *SMALL, "--average-best", 2,
-             "--save-epochs", 2, "--multi-scale", "0.5", "--patience", "9")
-    assert run("train.py", *flags, "--max-steps", 7).returncode == 0
-    again = run("train.py", "--out", tmp_path, "--resume", "--max-steps", 8)
-    assert again.returncode == 0 and "average of 2  AP" in again.stdout, again.stderr
+def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_path, monkeypatch,
+                                                                  capsys):
+    here(monkeypatch, capsys, train, "--data", small / "people", "--out", tmp_path, *SMALL,
+         "--average-best", 2, "--save-epochs", 2, "--multi-scale", "0.5", "--patience", "9",
+         "--max-steps", 7)
+    said, _ = here(monkeypatch, capsys, train, "--out", tmp_path, "--resume", "--max-steps", 8)
+    assert "average of 2  AP" in said
     lines = [line for line in log_lines(tmp_path) if "AP" in line]
     assert [line.get("epoch") for line in lines] == [1, 2, 3, None]
     ranked = sorted(((line["AP"], line["epoch"]) for line in lines[:3]), reverse=True)
@@ -389,18 +404,18 @@ def test_a_mean_of_files_by_hand(tmp_path):
     assert mean["w"].tolist() == [2.0, 4.0] and mean["n"] == 6
 
 
-def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_path):
+def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_path, monkeypatch,
+                                                                   capsys):
     """Five more terms in the log; the checkpoint holds a mask branch and no teacher."""
-    done = run("train.py", "--data", small / "people", "--out", tmp_path / "run", *SMALL, "--mask",
-               "--teacher", small / "run" / "best.pt", "--max-steps", 3)
-    assert done.returncode == 0, done.stderr
+    here(monkeypatch, capsys, train, "--data", small / "people", "--out", tmp_path / "run", *SMALL,
+         "--mask", "--teacher", small / "run" / "best.pt", "--max-steps", 3)
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert not any("teacher" in name for name in last["model"])
     lines = log_lines(tmp_path / "run")
     assert {"mask", "kd_cls", "kd_box", "kd_pose"} < lines[0].keys() and "mask_IoU" in lines[-1]
-    scored = run("evaluate.py", "--data", small / "people", "--weights", tmp_path / "run/last.pt",
-                 "--workers", 0)
-    assert f"mask_IoU   {lines[-1]['mask_IoU']:.4f}" in scored.stdout, scored.stderr
+    said, _ = here(monkeypatch, capsys, evaluate, "--data", small / "people", "--weights",
+                   tmp_path / "run/last.pt", "--workers", 0)
+    assert f"mask_IoU   {lines[-1]['mask_IoU']:.4f}" in said
 
 
 @pytest.mark.long
