@@ -1,11 +1,11 @@
 """The built-in data set: drawn people in COCO's file format, for a first run without a download.
-`python people.py DIR` writes DIR/train2017, DIR/val2017 and DIR/annotations.
+`python people.py DIR --train 64 --val 24` writes DIR/train2017, DIR/val2017 and DIR/annotations.
 Points    complex numbers x + iy, y down, on a canvas OVERSAMPLE times finer than the image
 Polygons  (color, points), back to front; a mask says 0 background, i = 1, 2, ... person or OCCLUDER
 """
+import argparse
 import json
 import os
-import sys
 import tempfile
 
 import numpy as np
@@ -180,5 +180,18 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, 
         os.rename(f"{folder}/data", root)
 
 
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("root", metavar="DIR", help="must not exist")
+    for name, value in (("train", 2000), ("val", 200), ("side", 128), ("seed", 0)):
+        p.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    args = p.parse_args()
+    if os.path.exists(args.root):
+        p.error(f"{args.root} exists; give another name")
+    if min(args.train, args.val, args.seed + 1) < 1 or args.side < 16:
+        p.error("expected at least 1 image to train on and 1 to evaluate, of 16 px or more")
+    draw_dataset(**vars(args))
+
+
 if __name__ == "__main__":
-    draw_dataset(*sys.argv[1:] or ["drawn_people"])
+    main()

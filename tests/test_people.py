@@ -143,6 +143,20 @@ def test_the_files_are_complete_and_a_second_call_leaves_them_alone(tmp_path):
     assert [p.stat().st_mtime_ns for p in sorted(root.rglob("*"))] == before
 
 
+def test_the_command_draws_as_many_as_asked_for(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "tiny"
+    monkeypatch.setattr("sys.argv", ["people.py", str(root), "--train", "3", "--side", "32"])
+    people.main()
+    assert [len(os.listdir(root / name)) for name in ("train2017", "val2017")] == [3, 200]
+    assert Image.open(root / "train2017" / "000001.jpg").size == (32, 32)
+    for flags, said in (([root], "exists; give another"), (["--val", 0, root / "a"], "at least 1")):
+        monkeypatch.setattr("sys.argv", ["people.py", *map(str, flags)])
+        with pytest.raises(SystemExit, match="2"):
+            people.main()
+        assert said in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["tiny"]
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     pictures = iter([people.draw_image(np.random.default_rng(0), 96)])
     monkeypatch.setattr(people, "draw_image", lambda rng, side: next(pictures))
