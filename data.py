@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -124,11 +124,12 @@ def faults(coco: dict) -> Iterator[str]:
             if record["id"] in seen:
                 yield f"{what}: id {record['id']} is there twice; remove one"
             seen.add(record["id"])
-    names = coco["categories"][0].get("keypoints") if len(coco["categories"]) == 1 else None
+    named = [category for category in coco["categories"] if category.get("keypoints")]
+    names = named[0]["keypoints"] if len(named) == 1 else None
     if not (isinstance(names, list) and all(isinstance(n, str) for n in names)
-            and 0 < len(names) == len(set(names))):
-        yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one, with "
-               f"keypoint names, at least one, different texts (found {str(names)[:60]}); use "
+            and len(names) == len(set(names))):
+        yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one with "
+               f"keypoint names, different texts (found {str(names)[:60]}); of COCO's files use "
                f"person_keypoints_*.json, not instances_*.json")
     images, numbers = {image["id"] for image in coco["images"]}, 3 * len(names)
     for ann in coco["annotations"]:
@@ -136,6 +137,9 @@ def faults(coco: dict) -> Iterator[str]:
         try:
             if ann["image_id"] not in images:
                 wrong = f"image {ann['image_id']}, which is not in the file"
+            elif ann.get("category_id", named[0]["id"]) != named[0]["id"]:
+                wrong = (f"category_id {str(ann['category_id'])[:40]}, expected {named[0]['id']}, "
+                         f"the category with keypoint names")
             elif len(keypoints) != numbers:
                 wrong = (f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each "
                          f"name)")
@@ -145,15 +149,20 @@ def faults(coco: dict) -> Iterator[str]:
                          f"size that is not negative")
             elif not {0, 1, 2}.issuperset(keypoints[2::3]):
                 wrong = f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
+            elif ann.get("iscrowd") not in (None, 0, 1):
+                wrong = f"iscrowd {str(ann['iscrowd'])[:40]}, expected 0 or 1"
         except (TypeError, OverflowError):
             wrong = f"bbox {str(bbox)[:60]} or keypoints with something that is not a number"
         if wrong:
             yield f"annotation {ann['id']} has {wrong}; mend or remove it"
+    if 0 < max((max(ann["bbox"]) for ann in coco["annotations"]), default=0) <= 1:
+        yield "all boxes lie within 1 px, expected px, not shares of the image; export in px"
 
 
 def read_json(path: str) -> dict:
     """Load a COCO keypoint file. What pycocotools needs and some tools leave out is filled in: area
-    (also if 0), iscrowd, num_keypoints, and keypoints of somebody who has none.
+    (also if 0), iscrowd, category_id, and keypoints of somebody who has none. num_keypoints is
+    counted anew, and a category without keypoint names, which some tools add, left out.
     Raises FileNotFoundError, or ValueError with the record that cannot train and what to do."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} not found; expected a COCO keypoint json (COCO's are in "
@@ -165,11 +174,12 @@ def read_json(path: str) -> dict:
             raise ValueError(f"{path}: {error}; was the download or export cut off?") from None
     for fault in faults(coco):
         raise ValueError(f"{path}: {fault}")
+    category, = coco["categories"] = [c for c in coco["categories"] if c.get("keypoints")]
     for ann in coco["annotations"]:
-        keypoints = ann.setdefault("keypoints", 3 * len(coco["categories"][0]["keypoints"]) * [0])
-        ann.setdefault("iscrowd", 0)
+        keypoints = ann.setdefault("keypoints", 3 * len(category["keypoints"]) * [0])
         ann["area"] = ann.get("area") or BODY_SHARE_OF_BOX * ann["bbox"][2] * ann["bbox"][3]
-        ann.setdefault("num_keypoints", sum(v > 0 for v in keypoints[2::3]))
+        ann |= {"category_id": category["id"], "iscrowd": int(ann.get("iscrowd") or 0),
+                "num_keypoints": sum(v > 0 for v in keypoints[2::3])}
     return coco
 
 
@@ -233,8 +243,9 @@ def check_files(files: np.ndarray, folder: str) -> None:
     listed = set(os.listdir(folder))
     for name in files.tolist():
         if name not in listed and not os.path.isfile(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{folder}/{name} not found, but the json names it, "
-                                    f"counted from that folder; get it or remove its record")
+            raise FileNotFoundError(f"{os.path.join(folder, name)} not found, but the json names "
+                                    f"{name}; get it, remove its record, or give the folder from "
+                                    f"which names count")
 
 
 def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list) -> np.ndarray:
@@ -262,15 +273,23 @@ def describe(dataset: "CocoPose") -> list[str]:
     side = np.sqrt(wide_high.prod(1)) * size / a.sizes[image].max(1)              # (T,) px
     _, first = np.unique(np.column_stack([image, a.boxes]), axis=0, return_index=True)
     outside = labeled & ((xy < 0) | (xy > a.sizes[image][:, None])).any(-1)       # (T, K)
-    broken = []
+    over = ((a.boxes < -1) | (a.boxes > 1 + np.tile(a.sizes[image], 2))).any(1)   # (T,)
+    broken, turned = [], []
     for i in range(0, len(a.ids), max(len(a.ids) // 1000, 1)):
+        path = os.path.join(dataset.folder, str(a.files[i]))
         try:
-            open_image(os.path.join(dataset.folder, str(a.files[i])), *a.sizes[i].tolist(), 1 / 8)
+            open_image(path, *a.sizes[i].tolist(), 1 / 8)
+            with Image.open(path) as file:
+                turned += [i] if file.getexif().get(ExifTags.Base.Orientation, 1) != 1 else []
         except UNREADABLE:
             broken.append(i)
     checks = {f"people smaller than 8 px at {size} px": image[people & (side < 8)],
               "boxes that their image has twice": np.delete(image, first),
-              "people with a keypoint outside the image": image[outside.any(1)],
+              "boxes beyond their image (bbox is x, y, width, height)": image[over],
+              "people with a keypoint outside the image, taken for not labeled": image[
+                  outside.any(1)],
+              "images turned by their EXIF tag, which training ignores, as COCO does: labels must "
+              "fit the file as stored": turned,
               "people whose left and right may be exchanged": image[
                   people & swapped(xy, labeled, wide_high[:, 0], dataset.skeleton.flip)],
               "broken images": broken}
@@ -316,13 +335,14 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     edges = category.get("skeleton") or []
     if not isinstance(edges, list) or not all(isinstance(edge, list) and len(edge) == 2 and all(
             isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):
-        raise ValueError(f"skeleton {str(edges)[:60]}, expected pairs of keypoints, counted from 1 "
-                         f"to {len(names)}")
+        raise ValueError(f"skeleton {str(edges)[:60]} of the json's category, expected pairs of "
+                         f"keypoints, counted from 1 to {len(names)}; mend it or leave it out")
     return Skeleton(names, flip, [[a - 1, b - 1] for a, b in edges], [float(s) for s in sigmas])
 
 
 class Augment(NamedTuple):
-    """How much a training image is changed; these are the values for sizes n and s."""
+    """How much a training image is changed; these are the values for sizes n and s. A field that
+    you add should be off: all strengths begin with these."""
 
     mosaic: float = 0.5      # probability of a 2 x 2 collage with three other images
     flip: float = 0.5        # probability of a mirror image
@@ -763,11 +783,10 @@ class Stream:
 
 def ignore_signals(worker: int) -> None:
     """Schedulers and Ctrl-C signal loader processes too; only the training process decides."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def stop_workers() -> None:
     """End all loader processes: as they ignore signals, the interpreter would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
@@ -777,6 +796,7 @@ def stop_workers() -> None:
 
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
     """Batches of collate for an iterable of lists of (epoch, index)."""
+    atexit.register(stop_workers)  # here: who only imports this file keeps its own processes
     fork = "fork" if dataset.cache and workers else None  # else each would get a copy of the cache
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,

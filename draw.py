@@ -246,9 +246,10 @@ def html_page(title: str, parts: list[str]) -> str:
 
 def write_text(path: str, text: str) -> None:
     """Write a file so that readers find the old one or the new one whole."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same
+    with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
-    os.replace(path + ".tmp", path)
+    os.replace(temporary, path)
 
 
 def read_log(folder: str) -> list[dict]:
@@ -470,21 +471,22 @@ class Log:
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
-               skeleton, images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
+               train_set, images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
                peak_lr: float, device: str) -> str:
     """Print and return the command, each value by its source, and what they come to here.
 
     images to train on and to evaluate; batch is processes and images a step; steps are those of
     all epochs, done, to do now, of the warmup, and while the keypoint tolerance narrows.
     """
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    processes, skeleton = os.environ.get("LOCAL_WORLD_SIZE"), train_set.skeleton
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
     lines = [f"goes on from  {args.out}, step {steps[1]}"] if steps[1] else []
     lines.append(f"command       {launcher} {shlex.join(sys.argv)}")
-    for origin in dict.fromkeys(source.values()):
-        values = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in source
-                           if source[name] == origin and getattr(args, name) is not None)
-        lines.append(textwrap.fill(f"{origin:13} {values}", 100, subsequent_indent=14 * " ",
+    groups = {origin: [(name, getattr(args, name)) for name in source if source[name] == origin]
+              for origin in dict.fromkeys(source.values())}
+    for origin, values in [*groups.items(), ("augmentation", train_set.augment._asdict().items())]:
+        text = ", ".join(f"{name.replace('_', '-')} {x}" for name, x in values if x is not None)
+        lines.append(textwrap.fill(f"{origin:13} {text}", 100, subsequent_indent=14 * " ",
                                    break_on_hyphens=False))
     for name, tensors in report.items():
         some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")

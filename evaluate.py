@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -76,9 +77,11 @@ def to_coco(image_id: int, category_id: int, scores: np.ndarray,
 
 
 def quiet_coco(labels: dict) -> COCO:
-    """pycocotools' index of a json that is already read, without its prints."""
+    """pycocotools' index of a json that is already read, without its prints. Annotations are
+    numbered anew from 1: somebody of id 0 would count as nobody."""
     coco = COCO()
-    coco.dataset = labels
+    coco.dataset = labels | {"annotations": [
+        {**ann, "id": n} for n, ann in enumerate(labels["annotations"], 1)]}
     with contextlib.redirect_stdout(None):
         coco.createIndex()
     return coco
@@ -233,10 +236,8 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
             pixels += torch.stack([(found & true).sum(), (found | true).sum()])
         if progress and (sys.stdout.isatty() or len(by_image) == len(loader.dataset)):
             rate = len(by_image) / (time.monotonic() - start)
-            print(f"\r{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s", end="",
-                  flush=True)
-    if progress:
-        print()
+            print(f"{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s",
+                  end="\n" if len(by_image) == len(loader.dataset) else "\r", flush=True)
     shares, metrics = gather((by_image, pixels)), None
     by_image = {i: found for share, _ in shares for i, found in share.items()}  # no image twice
     found, either = sum(share for _, share in shares).tolist()
@@ -470,12 +471,7 @@ def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skele
 
 def seconds(call: Callable) -> float:
     """How long a call takes: the median of ten, after three to warm up."""
-    times = []
-    for _ in range(13):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[3:]))
+    return float(np.median(timeit.repeat(call, number=1, repeat=13)[3:]))
 
 
 def load_model(path: str, size: str | None = None, image_size: int | None = None,
@@ -489,8 +485,8 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
     state, file = read_weights(path)
     if file.get("format") != "nanopose":
         if size is None:
-            raise ValueError(f"{path} does not say which size it is; add --model n, s, m or l "
-                             f"(of a teacher: --teacher-model)")
+            raise ValueError(f"{path} does not say which size it is; add --model "
+                             f"{', '.join(SIZES)} (of a teacher: --teacher-model)")
         file = {"args": {"model": size}}
     try:
         args, k = file["args"], len(state["heads.head1.pose_pred.bias"]) // 2
@@ -511,6 +507,17 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
     return model.eval(), file
 
 
+def check_names(whose: str, names: list[str], expected: list[str]) -> None:
+    """Raise ValueError if these keypoints are not the ones expected, in that order."""
+    if names != expected:
+        new, absent = (", ".join(n for n in a if n not in b) for a, b in
+                       ((names, expected), (expected, names)))
+        raise ValueError(f"{whose} has other keypoints than expected here: "
+                         + (f"new {new or 'none'}, lacking {absent or 'none'}" if new or absent else
+                            f"the same in another order, {', '.join(names)}")
+                         + "; they must be the same, in the same order")
+
+
 def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple[CocoPose, dict]:
     """The images of a json as the network of load_model's file wants them, and the labels.
 
@@ -520,11 +527,7 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     names = labels["categories"][0]["keypoints"]
     if "format" not in file and len(names) == len(skeleton.names):
         skeleton = read_skeleton(labels)  # which an official file leaves to the labels
-    if names != skeleton.names:
-        known, new = (", ".join(sorted(set(a).difference(b))) or "no others" for a, b in
-                      ((skeleton.names, names), (names, skeleton.names)))
-        raise ValueError(f"the network knows keypoints that {path} has not ({known}), or it has "
-                         f"others ({new}) or another order; they must be the same")
+    check_names(path, names, skeleton.names)
     masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])
     annotations = flatten(labels, masks=masks)
     check_files(annotations.files, folder)
@@ -584,7 +587,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse(p, argv, 0.01, 16, "metrics", "results", "card")
     if args.workers < 0:
         p.error(f"--workers {args.workers} must be 0 or more")
-    if not args.data and not (args.json and args.images):
+    if bool(args.json) != bool(args.images) or bool(args.data) == bool(args.json):
         p.error("give --data DIR, or --json FILE and --images DIR")
     if args.card and not args.card.endswith(".html"):
         p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")

@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import BODY_SHARE_OF_BOX, CocoPose, collate, find_split
-from evaluate import (check_place, detect, keypoint_ap, load_model, open_split, quiet_coco,
-                      seconds, select, val_batches)
-from model import SIZES, Decoded, decode
+from evaluate import (detect, keypoint_ap, load_model, open_split, parse, quiet_coco, seconds,
+                      select, val_batches)
+from model import Decoded, decode
 
 LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
 TOLERANCE = 0.004, 0.01   # cost of a part in int8: 1 - OKS, difference of the person score
@@ -105,12 +105,12 @@ def largest_difference(a, b, batches: list[Tensor]) -> tuple[float, float]:
     return px.item(), score.item()
 
 
-def average_precision(run, dataset: CocoPose, labels: dict) -> float:
-    """AP of a function of images on a data set, with evaluate.py's protocol."""
+def average_precision(run, dataset: CocoPose, labels: dict, args: argparse.Namespace) -> float:
+    """AP of a function of images on a data set, with evaluate.py's protocol and flags."""
     by_image = {}
-    for keys in val_batches(len(dataset), 16):
+    for keys in val_batches(len(dataset), args.batch_size):
         images, targets = collate([dataset[key] for key in keys])
-        by_image |= detect(run(images), targets, labels["categories"][0]["id"], 0.01, 0.7)
+        by_image |= detect(run(images), targets, labels["categories"][0]["id"], args.conf, args.iou)
     return keypoint_ap(quiet_coco(labels), by_image, dataset.skeleton.sigmas)["AP"]
 
 
@@ -189,8 +189,6 @@ def parse_args() -> argparse.Namespace:
     """Read the command line; exit with one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--weights", required=True, metavar="FILE", help="of train.py, or official")
-    add("--model", choices=[*SIZES], help="for an official checkpoint")
     add("--format", required=True, choices=["onnx", "pt2"])
     add("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
     add("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
@@ -199,7 +197,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-split", default="train2017", help="ranges of int8; default: %(default)s")
     for name in ("json", "images", "train-json", "train-images"):
         add(f"--{name}", metavar="DIR" if "images" in name else "FILE", help="instead of --data")
-    args = p.parse_args()
+    args = parse(p, None, 0.01, 16, "out")
     given = [bool(x) for x in (args.json, args.images, args.train_json, args.train_images)]
     if any(given) and (args.data or not all(given[:4 if args.int8 else 2])):
         p.error("give --data, or --json and --images, with --int8 --train-json and --train-images")
@@ -210,8 +208,6 @@ def parse_args() -> argparse.Namespace:
     if missing:
         sys.exit(f"export.py: --format onnx needs {', '.join(missing)}; "
                  f"pip install {' '.join(missing)}")
-    if args.out:
-        check_place(p, args.out)
     stem = os.path.splitext(args.weights)[0] + "_int8" * args.int8
     args.out = args.out or f"{stem}.{args.format}"
     if not args.out.endswith("." + args.format):
@@ -222,7 +218,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        model, file = load_model(args.weights, args.model)
+        model, file = load_model(args.weights, args.model, args.image_size, args.pad)
         size = file["image_size"]
         if size < 64:
             raise ValueError(f"{args.weights} is for images of {size} px, an exported file needs "
@@ -241,8 +237,8 @@ def main() -> None:
         sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
     images = some[:2] + [torch.cat(some[i:i + 3]) for i in range(2, len(some), 3)]
     images += [F.pad(image, (0, 32, 0, 64)) for image in images]  # another size, and not square
-    meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": 0.01, "iou": 0.7,
-            "pre": 300, "post": 20}
+    meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": args.conf,
+            "iou": args.iou, "pre": 300, "post": 20}
     with folder:
         written = os.path.join(folder.name, f"float.{args.format}")
         write(model.fuse(), written, meta)
@@ -256,7 +252,7 @@ def main() -> None:
             files = [written, os.path.join(folder.name, "int8.onnx")]
             to_int8(*files, pixels(train_set, 32), file["skeleton"]["sigmas"])
             for written in files:
-                ap = average_precision(open_file(written), val_set, labels)
+                ap = average_precision(open_file(written), val_set, labels, args)
                 run = open_file(written, threads=1)
                 print(f"{os.path.basename(written):12} AP {ap:.4f}  "
                       f"{os.path.getsize(written) / 1e6:.2f} MB  "

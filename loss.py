@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# COCO scores OKS with the segment's area, which the loss lacks: this share of the box stands in.
+# COCO scores OKS with the segment's area. Where that lacks, here and in data.py, stands this share.
 BODY_SHARE_OF_BOX = 0.53
 EPS = 1e-9
 TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")  # of the pose; then come
@@ -34,7 +34,7 @@ def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Ten
 
     pred     (..., K, 2)  predicted x, y, px
     target   (..., K, 2)  labeled x, y, px
-    labeled  (..., K)     bool; keypoints that are not labeled do not count
+    labeled  (..., K)     bool, or weights in [0, 1]; keypoints that are not labeled do not count
     area     (...)        object area, px^2
     sigmas   (K,)         spread of each keypoint as a share of sqrt(area); belongs to the data set
     returns  (...)        mean over labeled keypoints of exp(-distance^2 / (8 sigma^2 area));
@@ -271,7 +271,8 @@ class PoseLoss:
                      weight: Tensor, sigmas: Tensor) -> dict[str, Tensor]:
         """The four terms of anchors that learn a person: anchor (B, P) and what it should say.
 
-        boxes (B, P, 4) px, keypoints (B, P, K, 3) px, px, v, weight (B, P).
+        boxes (B, P, 4) px, keypoints (B, P, K, 3) px, px, v, weight (B, P); sigmas (K,) as wide as
+        the targets' are at this step.
         """
         # A slot without a person gets a box of 1 px: any finite value will do, weight is 0.
         unit_box = (torch.arange(4, device=boxes.device) > 1).to(boxes)           # 0, 0, 1, 1

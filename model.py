@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 STRIDES = (8, 16, 32)
 BINS = 17  # a box side lies 0 to 16 strides from the anchor
@@ -65,20 +66,6 @@ SIZES = {
 }
 
 
-def fold_bn(weight: Tensor, bias: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight (C, c, k, k) and bias (C,) of the convolution that does conv, then bn in eval mode."""
-    scale = bn.weight / (bn.running_var + bn.eps).sqrt()                          # (C,)
-    return weight * scale[:, None, None, None], bn.bias + (bias - bn.running_mean) * scale
-
-
-def conv_with(weight: Tensor, bias: Tensor, stride: int) -> nn.Conv2d:
-    """A convolution with these values: weight (C, c, k, k), k odd, and bias (C,)."""
-    c_out, c_in, kernel, _ = weight.shape
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, device="meta")
-    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return conv
-
-
 class ConvBNReLU(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H / stride, W / stride)"""
 
@@ -92,8 +79,7 @@ class ConvBNReLU(nn.Module):
 
     def fuse(self) -> None:
         """Fold the norm into the convolution. For inference only."""
-        folded = fold_bn(self.conv.weight, torch.zeros_like(self.bn.bias), self.bn)
-        self.conv, self.bn = conv_with(*folded, self.conv.stride[0]), nn.Identity()
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
 class QARepVGG(nn.Module):
@@ -128,15 +114,12 @@ class QARepVGG(nn.Module):
 
     def fuse(self) -> None:
         """Become one 3x3 convolution. For inference only."""
-        conv = self.branch_3x3.conv
-        zeros = torch.zeros_like(self.post_bn.bias)
-        weight, bias = fold_bn(conv.weight, zeros, self.branch_3x3.bn)             # (C, c, 3, 3)
-        weight = weight + F.pad(self.branch_1x1.weight, (1, 1, 1, 1))
+        conv = fuse_conv_bn_eval(self.branch_3x3.conv, self.branch_3x3.bn)
+        conv.weight += F.pad(self.branch_1x1.weight, (1, 1, 1, 1))                 # (C, c, 3, 3)
+        conv.bias += self.branch_1x1.bias
         if self.identity:
-            eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-            weight = weight + F.pad(eye[:, :, None, None], (1, 1, 1, 1))
-        weight, bias = fold_bn(weight, bias + self.branch_1x1.bias, self.post_bn)
-        self.branch_3x3 = conv_with(weight, bias, self.stride)
+            conv.weight[..., 1, 1].diagonal().add_(1)
+        self.branch_3x3 = fuse_conv_bn_eval(conv, self.post_bn)
         self.branch_1x1 = self.post_bn = nn.Identity()
 
 
@@ -396,10 +379,10 @@ class YoloNasPose(nn.Module):
 
         The outputs in eval mode stay the same; training is no longer possible.
         """
-        for module in self.modules():
+        for module in self.eval().modules():
             if isinstance(module, (ConvBNReLU, QARepVGG)):
                 module.fuse()
-        return self.eval().requires_grad_(False)
+        return self.requires_grad_(False)
 
 
 class SyncNorm(torch.autograd.Function):
@@ -523,7 +506,8 @@ def rows_by_name(state: dict[str, Tensor], own: dict[str, Tensor], names: list[s
     """Cut state's layers of KEYPOINT_ROWS, made for old_names, to names, in place: rows of the same
     name, and own's for new ones. Returns the names of these tensors.
     """
-    done = []
+    shared, done = [keypoint for keypoint in names if keypoint in old_names], []
+    to, at = ([known.index(keypoint) for keypoint in shared] for known in (names, old_names))
     for name, new in own.items():
         layer, old = name.split(".")[-2], state.get(name)
         if layer not in KEYPOINT_ROWS or old is None or old.shape[1:] != new.shape[1:]:
@@ -532,10 +516,8 @@ def rows_by_name(state: dict[str, Tensor], own: dict[str, Tensor], names: list[s
         if len(old) == before + each * len(old_names):
             state[name], done = new.clone(), [*done, name]
             state[name][:before] = old[:before]
-            for i, keypoint in enumerate(names):
-                if keypoint in old_names:
-                    to, at = (before + each * k for k in (i, old_names.index(keypoint)))
-                    state[name][to:to + each] = old[at:at + each]
+            rows, old_rows = (t[before:].unflatten(0, (-1, each)) for t in (state[name], old))
+            rows[to] = old_rows[at]
     return done
 
 

@@ -56,7 +56,8 @@ def find_images(sources: list[str]) -> list[str]:
         else:
             found = [source] if os.path.isfile(source) else glob.glob(source)
         if not found:
-            raise ValueError(f"{source}: no image; expected a file, a folder or a pattern of them")
+            raise ValueError(f"{source}: no image there; expected a file, a folder with images in "
+                             f"it (of folders in it give a quoted pattern, DIR/*/*), or a pattern")
         files += sorted(found, key=lambda path: [int(part) if part.isdecimal() else part
                                                  for part in re.split(r"(\d+)", path)])
     return list(dict.fromkeys(files))
@@ -78,10 +79,12 @@ def parse_args() -> argparse.Namespace:
     """The flags of this file; as evaluate.parse."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")
-    p.add_argument("--out", default="runs/predict", metavar="DIR", help="default: %(default)s")
+    p.add_argument("--out", default="runs/predict", metavar="DIR", help="of the pictures, a.jpg; "
+                   "of a second file called a, a_2.jpg; default: %(default)s")
     p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id is "
-                   "the file's name if all are numbers, else its place, counted from 0; its "
-                   "keypoints are pixel indices as in COCO, 0.5 less than predict()'s; box is not")
+                   "the file's name if all are numbers, else its place, counted from 0; file_name "
+                   "is the path as given, category_id 1; keypoints are pixel indices as in COCO, "
+                   "0.5 less than predict()'s; box is not")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
     return parse(p, None, 0.3, 8, "json")
 

@@ -135,9 +135,9 @@ def make_plan(args: argparse.Namespace, images: int,
     total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
     if args.warmup == "auto":
         warmup = min(warmup, total // (args.restarts + 1) // 2)  # of a short run
-    if not 0 <= warmup < total:
-        raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total}; choose "
-                         f"fewer, or train longer")
+    if not 0 <= warmup < total / (args.restarts + 1):
+        raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total} with "
+                         f"{args.restarts} restarts; choose fewer, or train longer")
     drops = [epoch * images / global_batch for epoch in args.lr_steps]
     return ends, Plan(total, warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
                       args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
@@ -264,12 +264,6 @@ class EMA:
         if self.counters:
             mean, new = zip(*self.counters)
             torch._foreach_copy_(mean, new)
-
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
 
 
 class EarlyStopping:

@@ -45,13 +45,13 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
 from draw import Log, print_plan, svg_curves, write_text
-from evaluate import (evaluate, extremes, from_rank_0, gather, load_model, quiet_coco, save_people,
-                      to_input, val_batches)
+from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, quiet_coco,
+                      save_people, to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
 from model import (SIZES, YoloNasPose, decode, load_file, load_last, load_weights, save_last,
                    sync_batch_norm, write_atomically)
 from people import draw_dataset
-from schedule import (EMA, EarlyStopping, WarmupEnd, curves, make_optimizer, make_plan,
+from schedule import (EMA, EarlyStopping, WarmupEnd, curves, lr_share, make_optimizer, make_plan,
                       make_scheduler, param_groups, scaled_lr, set_momentum, sigma_scale)
 
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,8 +73,9 @@ RECIPES = {
 }
 # The rates of m and l are for weights of a trained detector. From random weights: untested.
 FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
-# Ultralytics' values: the momentum rises and the biases' rate falls while the others' rises.
-SGD = {"lr": 0.01, "lr_batch": 64, "momentum": 0.937, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}
+# Ultralytics' values of SGD: the momentum rises, and the biases' rate falls while others' rise.
+OPTIMIZERS = {"adamw": {}, "sgd": {"lr": 0.01, "lr_batch": 64, "momentum": 0.937,
+                                   "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}}
 # A few minutes on two CPU cores: small images, and the wide tolerance nearly to the end.
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
         "augment": "flip", "eval_every": 2, "warmup": "50", "ema_decay": 0.99, "sigma_epochs": 7.5}
@@ -157,7 +158,7 @@ FLAGS = {
         ("batch-size", int, None, "images per process and micro-batch"),
         ("auto-batch", bool, False, "while memory is short, begin again with half the micro-batch"),
         ("accumulate", int, 1, "micro-batches a step"),
-        ("optimizer", ("adamw", "sgd"), "adamw", "kind"),
+        ("optimizer", tuple(OPTIMIZERS), "adamw", "kind"),
         ("momentum", float, None, "of SGD, or Adam's beta1"),
         ("lr", float, None, "peak learning rate for --lr-batch images a step"),
         ("lr-batch", int, None, "images a step that --lr is meant for"),
@@ -175,7 +176,8 @@ FLAGS = {
         ("warmup-mult", factors, {}, "parts that are slower while warming up, like backbone=0.1"),
         ("dynamic-warmup", bool, False, "go on while the loss does not fall, to 3 times --warmup"),
         ("schedule", ("cosine", "step", "flat"), "cosine", "of the rate after the warmup"),
-        ("lr-steps", numbers, [], "step: epochs after which the rate drops, like 90,120"),
+        ("lr-steps", numbers, [], "step: epochs after which the rate drops, like 90,120, counted "
+         "from each restart"),
         ("lr-factor", float, 0.1, "step: by how much"),
         ("restarts", int, 0, "how often warmup and schedule begin anew"),
         ("final-ratio", float, None, "last learning rate / peak"),
@@ -202,8 +204,8 @@ FLAGS = {
         ("out", str, OUT, "folder of checkpoints, log.jsonl, pictures"),
         ("resume", bool, False, "go on from --out with the saved flags; of these only "
          f"{', '.join(MAY_CHANGE).replace('_', '-')} may be given anew"),
-        ("dry-run", bool, False, "check the data, train 20 steps, print plan and ETA, draw curves "
-         "and the first batch into OUT/dry_run; nothing else"),
+        ("dry-run", bool, False, "check the data, train up to 20 steps, print plan and ETA, draw "
+         "curves and the first batch into OUT/dry_run; nothing else"),
         ("save-every", int, None, "steps between checkpoints within an epoch"),
         ("save-epochs", numbers, [], "keep the average's weights after these, like 300,500"),
         ("average-best", int, 0, "at the end, average so many best epochs into average.pt"),
@@ -257,8 +259,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check("image_size", size % 32 == 0, "must be a multiple of 32, the largest stride")
     if args.dry_run and args.resume:
         p.error("--resume goes on with a run, --dry-run makes none; give one of them")
-    for name in values.keys() & {"teacher_model", "distill_weight"}:
-        check(name, args.teacher is not None, "is of no use without --teacher")
+    for names, fine, flag in (
+            ({"teacher_model", "distill_weight"}, args.teacher is not None, "teacher"),
+            ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
+            ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power")):
+        for name in sorted(values.keys() & names):
+            check(name, fine, f"is of no use without --{flag}")
     files = {"train_json", "train_images", "val_json", "val_images"}
     for name in sorted(files - values.keys()) if files & values.keys() and not args.data else ():
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
@@ -274,18 +280,18 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
                 for name, _, default, _ in rows}
     size = args.model or defaults["model"]
     rows = [("default", defaults), (f"recipe {size}", RECIPES[size])]
-    if size in "ml" and not args.weights:
+    if size in ("m", "l") and not args.weights:
         rows.append(("from scratch, untested", FROM_SCRATCH))
     if not args.data and not args.train_json:
         rows.append(("demo", DEMO))
-    if args.optimizer == "sgd":
-        rows.append(("sgd", SGD))
+    rows.append((args.optimizer, OPTIMIZERS[args.optimizer or defaults["optimizer"]]))
     if args.recipe == "reference":
         rows.append(("reference", {"sigma_epochs": 0.0}))
     if args.dry_run:
         rows.append(("dry run", {"max_steps": 20, "log_every": 20}))
     if args.workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rows.append(("machine", {"workers": min(max(share - 1, 1), 8)}))
     source = {}
     for name in defaults:
@@ -348,8 +354,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         check_files(annotations.files, folder)
         if split == "train":
             skeleton = read_skeleton(labels, args.flip_pairs, args.sigmas)
-        elif labels["categories"][0]["keypoints"] != skeleton.names:
-            raise ValueError(f"{path} names other keypoints than the training json; use one set")
+        check_names(path, labels["categories"][0]["keypoints"], skeleton.names)
         if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
@@ -455,14 +460,14 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
             average_statistics(model)
     scaler.unscale_(optimizer)
     # The one division: by the scores assigned in the whole step, at least 1.
-    everything = flat[:-len(tail)]
-    everything *= len(images) / sums[0].clamp(min=1)
-    norm = torch.linalg.vector_norm(everything)
+    gradient = flat[:-len(tail)]
+    gradient *= len(images) / sums[0].clamp(min=1)
+    norm = torch.linalg.vector_norm(gradient)
     *total, bad, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
     finite = math.isfinite(norm) and all(map(math.isfinite, total))
     if finite:
         if norm > args.clip_norm:
-            everything *= args.clip_norm / norm
+            gradient *= args.clip_norm / norm
         scaler.step(optimizer)
     else:
         torch._foreach_copy_(statistics, before)
@@ -520,7 +525,19 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
                              f"in {args.out}; leave it out, or start a new run in another --out")
     here = {"out", "resume", "given", "max_steps", *args.given}
     vars(args).update({name: v for name, v in saved["args"].items() if name not in here})
+    args.resume = True
     return saved
+
+
+def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str) -> None:
+    """Bring all that has a memory to where the checkpoint stands."""
+    vars(at).update({name: saved[name] for name in vars(at)})
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"train.py: the run in {out} has another network or loss; go on with the code "
+                 f"that began it: {str(error).splitlines()[-1].strip()}")
 
 
 def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> int:
@@ -559,10 +576,7 @@ def out_of_memory(args: argparse.Namespace) -> None:
     """
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if half:
-        temporary = f"{args.out}/out_of_memory.{os.getpid()}"  # processes come here together
-        with open(temporary, "w") as f:
-            f.write(str(half))
-        os.replace(temporary, f"{args.out}/out_of_memory")
+        write_text(f"{args.out}/out_of_memory", str(half))  # processes come here together
         advice = (f"try --batch-size {half}" if args.dry_run else
                   f"go on with {half}, same images a step: --resume --out {args.out}")
     print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
@@ -573,8 +587,8 @@ def out_of_memory(args: argparse.Namespace) -> None:
     os._exit(1)
 
 
-def lock(out: str) -> int:
-    """Let no other process write to `out` while this one lives. Returns what holds the lock."""
+def lock(out: str) -> None:
+    """Let no other process write to `out` while this one lives."""
     os.makedirs(out, exist_ok=True)
     handle = os.open(os.path.join(out, "lock"), os.O_RDWR | os.O_CREAT)
     try:
@@ -582,7 +596,6 @@ def lock(out: str) -> int:
     except BlockingIOError:
         sys.exit(f"train.py: another process is writing to {out}; wait for its end, stop it, or "
                  f"give another --out")
-    return handle
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
@@ -601,10 +614,7 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
         report = load_weights(model, args.weights, skeleton.names, COCO_NAMES)
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
-        names = file["skeleton"]["names"]
-        if names != skeleton.names:
-            raise ValueError(f"--teacher {args.teacher} knows the keypoints {', '.join(names)}; "
-                             f"expected those of the data: {', '.join(skeleton.names)}")
+        check_names(f"--teacher {args.teacher}", file["skeleton"]["names"], skeleton.names)
         teacher = teacher.fuse().to(**place)
     criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
                          LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
@@ -700,7 +710,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
         save_people(f"{args.out}/predictions.jpg", dataset,
                     [(0, i) for i in range(min(16, len(dataset)))], ema.model)
         log.report(extremes(ema.model, dataset, truth, by_image))
-        content = {**about, "model": ema.state_dict(), "step": at.step, "AP": metrics["AP"]}
+        content = {**about, "model": ema.model.state_dict(), "step": at.step, "AP": metrics["AP"]}
         if stopper.best > best:
             write_atomically(f"{args.out}/best.pt", content)
         for name in os.listdir(args.out) if args.average_best else ():
@@ -734,13 +744,14 @@ def main() -> None:
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
         total_steps = plan.total_steps
-        held = lock(args.out) if rank == 0 else None  # as long as this variable lives
+        if rank == 0:
+            lock(args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad],
-                               3 + len(criterion.terms))
+                               3 + len(criterion.terms))  # and scores, bad, stop
     groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
     optimizer = make_optimizer(args.optimizer, groups, args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -749,14 +760,12 @@ def main() -> None:
         model.compile(fullgraph=True)
     warmup, stopper = WarmupEnd(plan.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
     log = Log(args, rank, total_steps, global_batch, images, criterion.terms)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler,
+    parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False, best=[],
                             bad=[])
     if saved:
-        vars(at).update({name: saved[name] for name in vars(at)})
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        take_up(saved, at, parts, args.out)
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
@@ -776,7 +785,7 @@ def main() -> None:
 
     if rank == 0 and at.step < stop and not at.stopped:
         log.starts.append(print_plan(
-            args, source, report, skeleton, (images, len(val_set)), (world_size, global_batch),
+            args, source, report, train_set, (images, len(val_set)), (world_size, global_batch),
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
         if args.dry_run:
             print(*describe(train_set), sep="\n")
@@ -795,7 +804,7 @@ def main() -> None:
             save()
         if epoch and epoch in args.save_epochs and rank == 0:
             write_atomically(f"{args.out}/epoch_{epoch}.pt",
-                             {**about, "model": ema.state_dict(), "step": at.step})
+                             {**about, "model": ema.model.state_dict(), "step": at.step})
         if epoch > at.evaluated and (epoch % args.eval_every == 0 or at.step == total_steps):
             finish_epoch(args, at, epoch, at.step == total_steps, ema, val_loader, truth, stopper,
                          log, about, rank)
@@ -808,6 +817,7 @@ def main() -> None:
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
         size = random_size(args.image_size, args.multi_scale, args.seed, at.step + at.skipped)
         tolerance = sigma_scale(at.step, widen_steps, args.sigma_start)
+        rate = peak_lr * lr_share(at.step, plan._replace(warmup=warmup.end))
         try:
             result = train_step(model, teacher, criterion, batches, optimizer, scaler, gradients,
                                 args, size, tolerance, bool(asked) or orphaned)
@@ -820,7 +830,7 @@ def main() -> None:
             ema.update(at.step)
             warmup.update(at.step, sum(result.sums[1:]) / max(result.sums[0], 1.0))
             scheduler.step()  # after the warmup's end may have moved, as a resumed run has it
-            log.step(at.step, result, scheduler.get_last_lr()[0],
+            log.step(at.step, result, rate,
                      torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else
                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
             if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:

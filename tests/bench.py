@@ -157,7 +157,7 @@ def loader_rates(data: str, size: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", metavar="DIR", help="COCO root; default: people drawn by people.py")
-    p.add_argument("--model", choices="nsml", default="n")
+    p.add_argument("--model", choices=[*SIZES], default="n")
     p.add_argument("--image-size", type=int, default=320, help="px; default: 320")
     p.add_argument("--batch-size", type=int, default=4, help="images; default: 4")
     p.add_argument("--people", type=int, default=3, help="in each image; default: 3")

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import data
 from data import (MOSAIC, MOSAIC_HEAVY, PAD_GRAY, PAD_MODES, PLAIN, Augment, CocoPose, Stream,
@@ -374,11 +374,17 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
     annotations[7]["keypoints"][2::3] = [0] * 7
     annotations[8]["iscrowd"] = 1
     (tmp_path / "9.png").write_bytes(b"no image")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down, which its size cannot tell
+    Image.new("RGB", (100, 100)).save(tmp_path / "10.png", exif=exif)
+    annotations[11]["bbox"] = [10, 10, 92, 80]
     text = said()
     for line in ("59 labeled, 1 without keypoints, 1 crowds; 2 images show nobody labeled",
                  "1 people smaller than 8 px at 200 px, like 5.png",
                  "1 boxes that their image has twice, like 6.png",
-                 "1 people with a keypoint outside the image, like 4.png",
+                 "1 people with a keypoint outside the image, taken for not labeled, like 4.png",
+                 "1 boxes beyond their image (bbox is x, y, width, height), like 11.png",
+                 "labels must fit the file as stored, like 10.png",
                  "1 people whose left and right may be exchanged, like 3.png",
                  "1 broken images, like 9.png"):
         assert line in text, text
@@ -472,10 +478,13 @@ def with_category(**changes) -> dict:
     ({**labels([IMAGE], []), "categories": [{"id": 1, "name": "cat"}]}, "instances_"),
     ({**labels([IMAGE], []), "categories": 2 * with_category()["categories"]},
      "id 1 is there twice"),
-    ({**labels([IMAGE], []),
-      "categories": with_category()["categories"] + [{"id": 2, "name": "b"}]},
+    ({**labels([IMAGE], []), "categories": with_category()["categories"] + [
+        {"id": 2, "name": "b", "keypoints": ["x"]}]},
      r"categories \['person', 'b'\], expected exactly one"),
-    (with_category(keypoints=[]), "at least one"),
+    (with_category(keypoints=[]), "expected exactly one with keypoint names"),
+    (labels([IMAGE], [{**PERSON, "category_id": 2}]), "annotation 7 has category_id 2, expected 1"),
+    (labels([IMAGE], [{**PERSON, "iscrowd": "0"}]), "annotation 7 has iscrowd 0, expected 0 or 1"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0.1, 0.2, 0.5, 1]}]), "not shares of the image"),
     (with_category(keypoints=["a", "a", "b"]), "different texts"),
     (with_category(keypoints=[1, 2, 3]), "different texts"),
     (labels([7], []), "images: found 7, expected a record"),
@@ -513,6 +522,13 @@ def test_missing_numbers_that_scoring_needs_are_filled_in(tmp_path):
     path.write_text(json.dumps(labels([IMAGE], [PERSON])))
     ann = read_json(str(path))["annotations"][0]
     assert (ann["iscrowd"], ann["num_keypoints"], ann["area"]) == (0, 3, pytest.approx(0.53 * 25))
+    coco = labels([IMAGE], [{**PERSON, "iscrowd": None, "num_keypoints": 0}])
+    coco["categories"].insert(0, {"id": 0, "name": "fish-project", "supercategory": "none"})
+    path.write_text(json.dumps(coco))
+    coco = read_json(str(path))
+    assert [category["id"] for category in coco["categories"]] == [1]
+    ann = coco["annotations"][0]
+    assert (ann["iscrowd"], ann["num_keypoints"], ann["category_id"]) == (0, 3, 1)
     path.write_text(json.dumps(labels([IMAGE], [
         {"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5], "area": 0}])))  # a plain box
     ann = read_json(str(path))["annotations"][0]

@@ -473,6 +473,11 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     assert "last.pt is no checkpoint" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="takes 4 images, which are not 1 processes x 3"):
         run_here(monkeypatch, *resume, "--batch-size", 3)
+    state = checkpoint(out, "previous.pt")
+    state["model"]["new"] = state["model"].pop("heads.head1.cls_pred.bias")
+    torch.save(state, out / "last.pt")
+    with pytest.raises(SystemExit, match="has another network or loss; .* key"):
+        run_here(monkeypatch, *resume)
     with open(out / "lock", "w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)
         assert "another process is writing" in train(*resume, code=1)

@@ -179,6 +179,18 @@ def test_official_weights_tuned_to_other_keypoints_take_names_from_the_labels(dr
     assert dataset.skeleton.names == ["left_fin", "right_fin"] and dataset.skeleton.flip == [1, 0]
 
 
+def test_somebody_of_id_0_counts():
+    """pycocotools writes down whom a detection met as an id, and reads 0 as nobody."""
+    labels = coco_file(np.load(FOLDER / "metric.npz")["gt"])
+    by_image = {image["id"]: [] for image in labels["images"]}
+    for ann in labels["annotations"]:
+        ann["id"] -= 1
+        by_image[ann["image_id"]] += to_coco(ann["image_id"], 1, np.ones(1), np.reshape(
+            ann["keypoints"], (1, 17, 3)) + [0.5, 0.5, 0])
+    assert {ann["id"] for ann in labels["annotations"]} >= {0, 1}
+    assert keypoint_ap(quiet_coco(labels), by_image, COCO_SIGMAS)["AR"] == 1
+
+
 def test_every_image_is_evaluated_by_exactly_one_process():
     for world_size in (1, 2, 3):
         shares = [val_batches(10, 4, rank, world_size) for rank in range(world_size)]

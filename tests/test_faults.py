@@ -276,6 +276,7 @@ def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_
     said = b""
     while b"step %d/" % (before + 2) not in said:
         said += os.read(terminal, 1000)
+    os.killpg(run.pid, signal.SIGHUP)  # as a shell does, to loader processes, too
     os.close(terminal)  # the system sends SIGHUP, and what the run says from now on is an error
     assert run.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(out)["step"] >= before + 2
     assert start("--out", out, "--resume").communicate(timeout=100)[1] == ""

@@ -1,5 +1,4 @@
 """Curves against closed forms, averages by hand, stopping by a script of numbers."""
-import argparse
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from model import YoloNasPose
 from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, curves, ema_decay, lr_share, make_plan,
                       make_scheduler, momentum_at, param_groups, scaled_lr, set_momentum,
                       sigma_scale, warmup_steps)
+from train import fill_recipe, parse_args
 
 
 def test_the_rate_meets_its_ends():
@@ -156,11 +156,18 @@ def test_warmup_lengths():
     (4, "3e", 0, 30)])
 def test_an_automatic_warmup_leaves_half_of_a_short_run(epochs, warmup, restarts, steps):
     """100 images in steps of 10: 3 epochs are 30 steps, as asked for or unless that is too long."""
-    args = argparse.Namespace(
-        epochs=epochs, warmup=warmup, resume=False, save_epochs=[], lr_steps=[], final_ratio=0.05,
-        warmup_start=0.0, warmup_shape="linear", warmup_gamma=2.0, schedule="cosine",
-        lr_factor=0.1, restarts=restarts)
+    args = parse_args(["--epochs", str(epochs), "--warmup", warmup, "--restarts", str(restarts)])
+    fill_recipe(args)
     assert make_plan(args, 100, 10)[1].warmup == steps
+
+
+def test_a_warmup_that_no_cycle_can_hold_is_refused():
+    args = parse_args(["--epochs", "4", "--warmup", "12", "--restarts", "2"])
+    fill_recipe(args)
+    assert make_plan(args, 100, 10)[1].warmup == 12  # of cycles of 13 1/3 steps
+    args.restarts = 3
+    with pytest.raises(ValueError, match="12 steps, of a run of 40 with 3 restarts"):
+        make_plan(args, 100, 10)
 
 
 def test_equal_global_batches_get_equal_rates():

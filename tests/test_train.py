@@ -76,6 +76,9 @@ def test_a_run_says_its_plan_and_leaves_what_it_promised(small):
         assert part in said
     lines = log_lines(small / "run")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    peak = 2e-3 * 4 / 480  # which a step was made with, not the next one's
+    rates = [line["lr"] for line in lines if "loss" in line]
+    assert rates[:3] == pytest.approx([0, peak / 2, peak]) and rates[7] == pytest.approx(peak / 20)
     assert [(line["step"], line["epoch"]) for line in lines if "AP" in line] == [(3, 1), (5, 2),
                                                                                (8, 3)]
     scores = {line["step"]: line["AP"] if line["AP"] > 0.001 else line["OKS"] - 1
@@ -211,6 +214,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--freeze", "bn:1,bn:-1"], 2, "bn:1,bn:-1, expected each once: backbone, neck, bn"),
     (["--resume", "--dry-run"], 2, "--resume goes on with a run"),
     (["--distill-weight", "2"], 2, "is of no use without --teacher"),
+    (["--lr-steps", "2"], 2, "--lr-steps [2.0] is of no use without --schedule step"),
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "no step completes all of these"),
     (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "no such file; expected a checkpoint"),
@@ -233,7 +237,7 @@ def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("harm, message", [
-    ("missing", "000001.jpg not found, but the json names it"),
+    ("missing", "000001.jpg not found, but the json names 000001.jpg; get it"),
     ("broken", "was the download or export cut off?"),
     ("no bbox", "annotations: bbox is missing in"),
 ])
