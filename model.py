@@ -528,7 +528,7 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
     names are the model's keypoints; where the file's (official_names if it has none) are others,
     the last layers take the rows of those in both, if there are any. Returns the names of tensors
     under loaded; in part; skipped, for another shape; missing, in the model alone; unused, in the
-    file alone; and the new keypoints. Raises ValueError as read_weights does, or if nothing fits.
+    file alone; and new and kept keypoints. Raises ValueError as read_weights does, or if nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
     old_names = file["skeleton"]["names"] if "skeleton" in file else official_names
@@ -542,7 +542,8 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
             "skipped": [n for n in own if n in state and n not in fits],
             "missing": [n for n in own if n not in state],
             "unused": sorted(set(state).difference(own)),
-            "new keypoints": [n for n in names if n not in old_names] if part else []}
+            "new keypoints": [n for n in names if n not in old_names] if part else [],
+            "kept keypoints": [n for n in names if n in old_names] if part else []}
 
 
 def write_atomically(path: str, content: dict) -> None:

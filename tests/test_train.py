@@ -179,7 +179,8 @@ def test_weights_of_other_keypoints_are_taken_by_name(small):
     fill_recipe(args)
     skeleton = Skeleton(["tail", "left_eye"], [0, 1], [], [0.05, 0.05])
     model, _, _, report = make_model(args, skeleton, torch.device("cpu"))
-    assert report["new keypoints"] == ["tail"] and not report["skipped"]
+    assert report["new keypoints"] == ["tail"] and report["kept keypoints"] == ["left_eye"]
+    assert not report["skipped"]
     file = torch.load(small / "run" / "best.pt", weights_only=True)
     for name in report["in part"]:
         assert torch.equal(model.state_dict()[name][-1], file["model"][name][
