@@ -528,7 +528,7 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
     names are the model's keypoints; where the file's (official_names if it has none) are others,
     the last layers take the rows of those in both, if there are any. Returns the names of tensors
     under loaded; in part; skipped, for another shape; missing, in the model alone; unused, in the
-    file alone; and new and kept keypoints. Raises ValueError as read_weights does, or if nothing fits.
+    file alone; and keypoints. Raises ValueError as read_weights does, or if nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
     old_names = file["skeleton"]["names"] if "skeleton" in file else official_names

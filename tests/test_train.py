@@ -120,7 +120,7 @@ def test_where_nothing_says_so_a_run_goes_to_runs_train(small, tmp_path, monkeyp
     assert "1 done, 1 now" in said
 
 
-def test_evaluate_repeats_the_numbers_of_the_run(small, monkeypatch, capsys):
+def test_evaluate_repeats_the_numbers_of_the_run_and_predict_its_people(small, monkeypatch, capsys):
     numbers = small / "numbers.json"
     here(monkeypatch, capsys, evaluate, "--data", small / "people", "--weights",
          small / "run" / "last.pt", "--workers", 1, "--batch-size", 4, "--metrics", numbers,
@@ -131,13 +131,10 @@ def test_evaluate_repeats_the_numbers_of_the_run(small, monkeypatch, capsys):
     found = json.loads((small / "results.json").read_text())
     assert all(set(r) == {"image_id", "category_id", "score", "keypoints"} for r in found)
 
-
-def test_a_finished_model_is_used_from_python_as_the_readme_says(small):
-    """predict on one file says what evaluate.py wrote for it."""
-    model, file = load_model(str(small / "run" / "last.pt"))
+    model, file = load_model(str(small / "run" / "last.pt"))  # from Python, as the README says
     image = Image.open(small / "people" / "val2017" / "000003.jpg")
     (boxes, scores, keypoints), = predict(model, file, [image], conf=0.01)
-    written = [r for r in json.loads((small / "results.json").read_text()) if r["image_id"] == 3]
+    written = [r for r in found if r["image_id"] == 3]
     assert len(scores) == len(written) == len(boxes) > 0
     for row, score, result in zip(keypoints, scores, written):
         assert score == pytest.approx(result["score"], abs=1e-5)
