@@ -34,6 +34,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import struct
 from collections.abc import Iterator
 from numbers import Number
 from typing import NamedTuple
@@ -58,7 +59,8 @@ BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a sha
 PAD_GRAY = 127
 PAD_MODES = ("center", "bottom_right")
 # What Pillow raises for files that are damaged, or too large to be meant.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error,
+              Image.DecompressionBombError)
 # What each record of a json must have.
 RECORDS = {"categories": {"id": int, "name": str},
            "images": {"id": int, "file_name": str, "width": Number, "height": Number},
@@ -131,43 +133,55 @@ def faults(coco: dict) -> Iterator[str]:
         yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one with "
                f"keypoint names, different texts (found {str(names)[:60]}); of COCO's files use "
                f"person_keypoints_*.json, not instances_*.json")
-    images, numbers = {image["id"] for image in coco["images"]}, 3 * len(names)
+    images = {image["id"] for image in coco["images"]}
     for ann in coco["annotations"]:
-        bbox, keypoints, wrong = ann["bbox"], ann.get("keypoints", [0] * numbers), ""
-        try:
-            if ann["image_id"] not in images:
-                wrong = f"image {ann['image_id']}, which is not in the file"
-            elif ann.get("category_id", named[0]["id"]) != named[0]["id"]:
-                wrong = (f"category_id {str(ann['category_id'])[:40]}, expected {named[0]['id']}, "
-                         f"the category with keypoint names")
-            elif len(keypoints) != numbers:
-                wrong = (f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each "
-                         f"name)")
-            elif not (math.isfinite(sum(bbox) + sum(keypoints) + ann.get("area", 0))
-                      and len(bbox) == 4 and min(bbox[2:]) >= 0):
-                wrong = (f"bbox {bbox}, expected finite numbers everywhere, 4 of them: x, y and a "
-                         f"size that is not negative")
-            elif not {0, 1, 2}.issuperset(keypoints[2::3]):
-                wrong = f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
-            elif ann.get("iscrowd") not in (None, 0, 1):
-                wrong = f"iscrowd {str(ann['iscrowd'])[:40]}, expected 0 or 1"
-        except (TypeError, OverflowError):
-            wrong = f"bbox {str(bbox)[:60]} or keypoints with something that is not a number"
+        wrong = wrong_with(ann, images, named[0])
         if wrong:
             yield f"annotation {ann['id']} has {wrong}; mend or remove it"
-    if 0 < max((max(ann["bbox"]) for ann in coco["annotations"]), default=0) <= 1:
-        yield "all boxes lie within 1 px, expected px, not shares of the image; export in px"
+    points = (v for ann in coco["annotations"] for i, v in enumerate(ann.get("keypoints") or [])
+              if i % 3 < 2)
+    if (max((max(ann["bbox"]) for ann in coco["annotations"]), default=2) <= 1
+            or 0 < max(points, default=0) < 1):
+        yield ("all boxes or all keypoints lie within 1 px, expected px, not shares of the image, "
+               "and boxes around the people; export again")
+
+
+def wrong_with(ann: dict, images: set[int], category: dict) -> str:
+    """What is wrong with an annotation of a file of these images and this category, or nothing."""
+    numbers = 3 * len(category["keypoints"])
+    bbox, keypoints = ann["bbox"], ann.get("keypoints") or [0] * numbers
+    try:
+        if ann["image_id"] not in images:
+            return f"image {ann['image_id']}, which is not in the file"
+        if ann.get("category_id", category["id"]) != category["id"]:
+            return (f"category_id {str(ann['category_id'])[:40]}, expected {category['id']}, the "
+                    f"category with keypoint names")
+        if len(keypoints) != numbers:
+            return f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each name)"
+        if not (math.isfinite(sum(bbox) + sum(keypoints) + (ann.get("area") or 0))
+                and max(map(abs, [*bbox, *keypoints])) < 1e9
+                and len(bbox) == 4 and min(bbox[2:]) >= 0):
+            return (f"bbox {bbox}, expected finite numbers everywhere, 4 of them: x, y and a size "
+                    f"that is not negative")
+        if not {0, 1, 2}.issuperset(keypoints[2::3]):
+            return f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
+        if ann.get("iscrowd") not in (None, 0, 1):
+            return f"iscrowd {str(ann['iscrowd'])[:40]}, expected 0 or 1"
+    except (TypeError, OverflowError):
+        return (f"bbox {str(bbox)[:60]}, area {str(ann.get('area'))[:20]} or keypoints with "
+                f"something that is not a number")
+    return ""
 
 
 def read_json(path: str) -> dict:
     """Load a COCO keypoint file. What pycocotools needs and some tools leave out is filled in: area
-    (also if 0), iscrowd, category_id, and keypoints of somebody who has none. num_keypoints is
-    counted anew, and a category without keypoint names, which some tools add, left out.
+    (also if not positive), iscrowd, category_id, and keypoints of somebody who has none.
+    num_keypoints is counted anew; a category without keypoint names, which some add, left out.
     Raises FileNotFoundError, or ValueError with the record that cannot train and what to do."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} not found; expected a COCO keypoint json (COCO's are in "
                                 f"annotations_trainval2017.zip)")
-    with open(path) as f:
+    with open(path, encoding="utf-8-sig") as f:
         try:
             coco = json.load(f)
         except (ValueError, RecursionError) as error:
@@ -176,11 +190,25 @@ def read_json(path: str) -> dict:
         raise ValueError(f"{path}: {fault}")
     category, = coco["categories"] = [c for c in coco["categories"] if c.get("keypoints")]
     for ann in coco["annotations"]:
-        keypoints = ann.setdefault("keypoints", 3 * len(category["keypoints"]) * [0])
-        ann["area"] = ann.get("area") or BODY_SHARE_OF_BOX * ann["bbox"][2] * ann["bbox"][3]
+        keypoints = ann.get("keypoints") or 3 * len(category["keypoints"]) * [0]
+        area, box_area = ann.get("area") or 0, ann["bbox"][2] * ann["bbox"][3]
         ann |= {"category_id": category["id"], "iscrowd": int(ann.get("iscrowd") or 0),
-                "num_keypoints": sum(v > 0 for v in keypoints[2::3])}
+                "area": area if area > 0 else BODY_SHARE_OF_BOX * box_area,
+                "keypoints": keypoints, "num_keypoints": sum(v > 0 for v in keypoints[2::3])}
     return coco
+
+
+def runs_of(text: str) -> list[int]:
+    """The run lengths in COCO's compressed text: 5 bits a letter, differences from the third on."""
+    counts, value, shift = [], 0, 0
+    for letter in text.encode():
+        letter -= 48
+        value, shift = value | (letter & 31) << shift, shift + 5
+        if not letter & 32:  # the last one of a number, whose highest bit is its sign
+            value -= (letter >> 4 & 1) << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 def pixels_of(people: list[dict], image: dict) -> bytes:
@@ -195,10 +223,12 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
         polygons = isinstance(shape, list) and all(
             isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
                 isinstance(v, (int, float)) and abs(v) < 1e6 for v in p) for p in shape)
-        if isinstance(runs, str):
+        lengths = runs_of(runs) if isinstance(runs, str) else runs  # pycocotools trusts their sum
+        fits = isinstance(lengths, list) and size[0] * size[1] == sum(
+            v if isinstance(v, int) and v >= 0 else math.inf for v in lengths)
+        if fits and isinstance(runs, str):
             parts.append(shape)
-        elif polygons or isinstance(runs, list) and size[0] * size[1] == sum(
-                v if isinstance(v, int) and v >= 0 else math.inf for v in runs):
+        elif fits or polygons:
             parts += coco_mask.frPyObjects(shape if polygons else [shape], *size)
         else:
             raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
@@ -329,7 +359,7 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
     sigmas = sigmas or category.get("sigmas") or default
     right = isinstance(sigmas, list) and all(isinstance(s, (int, float)) for s in sigmas)
-    if not right or len(sigmas) != len(names) or min(sigmas) <= 0:
+    if not right or len(sigmas) != len(names) or not all(0 < s < math.inf for s in sigmas):
         raise ValueError(f"{len(sigmas) if right else 'wrong'} sigmas for {len(names)} keypoints; "
                          f"expected one positive number for each of {', '.join(names)}")
     edges = category.get("skeleton") or []

@@ -424,13 +424,16 @@ class Log:
         now = time.monotonic()
         self.interval, self.ended = self.interval + now - self.ended, now  # evaluating is no step
 
-    def end(self, step: int, early: bool, best: float, best_epoch: int, out: str) -> None:
-        """Say how the run ended, and bring the report up to date if this process evaluated."""
+    def end(self, step: int, evaluated: int, last: int, stopper, out: str) -> None:
+        """Say how the run ended, and bring the report up to date if this process evaluated, which
+        was last done after epoch `evaluated` of `last`. stopper is a schedule.EarlyStopping."""
         if self.figures:
             self.report([])
-        state = "stopped early" if early else "done" if step >= self.total_steps else "stopped"
+        state = ("stopped early (--patience)" if stopper.over(evaluated) else
+                 "done" if step >= self.total_steps and evaluated == last else "stopped")
+        best, epoch = stopper.best, stopper.best_epoch
         ap = f"best AP {best:.4f}" if best > 0 else f"AP under 0.001, best OKS {best + 1:.3f}"
-        ap = f"{ap} after epoch {best_epoch}" if best_epoch else "not evaluated yet"
+        ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
         more = f"; go on with --resume --out {out}" if self.path and state == "stopped" else ""
         print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 

@@ -232,6 +232,8 @@ def main() -> None:
             path = ((args.train_json, args.train_images) if args.json else
                     find_split(args.data, args.train_split))
             train_set, _ = open_split(*path, file)
+            train_set.spare = 10  # broken images are replaced, as in training
+            ranges = pixels(train_set, 32)
         folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
@@ -250,7 +252,7 @@ def main() -> None:
             sys.exit(f"export.py: more than {LARGEST[0]} px or {LARGEST[1]}, so nothing is written")
         if args.int8:
             files = [written, os.path.join(folder.name, "int8.onnx")]
-            to_int8(*files, pixels(train_set, 32), file["skeleton"]["sigmas"])
+            to_int8(*files, ranges, file["skeleton"]["sigmas"])
             for written in files:
                 ap = average_precision(open_file(written), val_set, labels, args)
                 run = open_file(written, threads=1)

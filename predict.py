@@ -95,9 +95,11 @@ def main() -> None:
     try:
         files = find_images(args.source)
         paths = {f: os.path.join(args.out, name) for f, name in out_names(files).items()}
-        clash = {*map(os.path.realpath, files)} & {*map(os.path.realpath, paths.values())}
+        written = [*paths.values(), os.path.join(args.out, "sheet.jpg"), args.json or args.out]
+        clash = {*map(os.path.realpath, files)} & {*map(os.path.realpath, written)}
         if clash:
-            raise ValueError(f"the picture would replace {min(clash)}; give another --out")
+            raise ValueError(f"a picture or json would replace {min(clash)}; give another --out or "
+                             f"--json")
         model, file = load_model(args.weights, args.model, args.image_size, args.pad)
         skeleton = file["skeleton"]
         os.makedirs(args.out, exist_ok=True)
@@ -122,6 +124,7 @@ def main() -> None:
             best, n = max([best, *scores[:1]]), (scores >= args.conf).sum()
             picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],
                                   skeleton["edges"], scores[:n], skeleton["flip"])
+            picture.thumbnail((65_500, 65_500))  # no JPEG is larger
             picture.save(paths[path], quality=92)
             sheet += [picture] if len(sheet) < 16 else []
             results += [{**result, "box": box, "file_name": path} for box, result in zip(
@@ -130,11 +133,13 @@ def main() -> None:
         if done == len(files) or sys.stdout.isatty():
             print(f"{done}/{len(files)} images  {done / (time.monotonic() - start):.1f} img/s",
                   end="\n" if done == len(files) else "\r", flush=True)
-    if args.sheet and sheet:
-        contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
-            os.path.join(args.out, "sheet.jpg"), quality=88)
     if args.json:
         write_text(args.json, json.dumps(results))
+    if args.sheet and sheet:
+        for picture in sheet:
+            picture.thumbnail((480, 480))
+        contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
+            os.path.join(args.out, "sheet.jpg"), quality=88)
     hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.3f})"
     print(f"{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
     if bad:

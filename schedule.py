@@ -39,9 +39,9 @@ def warmup_steps(text: str, images: int, global_batch: int) -> int:
     epochs = text.endswith("e")
     try:
         number = float(text.removesuffix("e"))
-    except ValueError:
+        return math.ceil(number * images / global_batch) if epochs else round(number)
+    except (ValueError, OverflowError):
         raise ValueError(f"--warmup {text}: expected steps (1000), epochs (3e) or auto") from None
-    return math.ceil(number * images / global_batch) if epochs else round(number)
 
 
 class Plan(NamedTuple):
@@ -87,10 +87,11 @@ def lr_share(step: int, plan: Plan) -> float:
 
 class WarmupEnd:
     """The step at which the warmup ends. If dynamic, the end moves on while the loss does not
-    fall from one tenth of the warmup to the next, to at most 3 times the plan."""
+    fall from one tenth of the warmup to the next, to at most 3 times the plan, or step `most`."""
 
-    def __init__(self, planned: int, dynamic: bool = False):
+    def __init__(self, planned: int, dynamic: bool = False, most: float = math.inf):
         self.planned, self.dynamic, self.end = planned, dynamic, planned
+        self.most = max(planned, min(3 * planned, most))
         self.total, self.before = 0.0, math.inf
 
     def update(self, step: int, loss: float) -> None:
@@ -98,7 +99,7 @@ class WarmupEnd:
         self.total, window = self.total + loss, max(self.planned // 10, 1)
         if step % window == 0:
             if self.dynamic and step <= self.end and self.total >= self.before:
-                self.end = min(self.end + window, 3 * self.planned)
+                self.end = min(self.end + window, self.most)
             self.total, self.before = 0.0, self.total
 
     def state_dict(self) -> dict:
@@ -106,7 +107,7 @@ class WarmupEnd:
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
-        self.end = self.end if self.dynamic else self.planned  # which --epochs may have changed
+        self.end = min(self.end, self.most) if self.dynamic else self.planned  # --epochs may differ
 
 
 def sigma_scale(step: int, steps: int, start: float) -> float:
@@ -280,6 +281,10 @@ class EarlyStopping:
         """Record the metric after `epoch` epochs; True means stop now."""
         if metric > self.best + self.min_delta:
             self.best, self.best_epoch = metric, epoch
+        return self.over(epoch)
+
+    def over(self, epoch: int) -> bool:
+        """Whether to stop, if `epoch` was the last one evaluated."""
         return epoch - self.best_epoch >= self.patience
 
     def state_dict(self) -> dict:

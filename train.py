@@ -84,7 +84,8 @@ OUT = "runs/train"
 
 # What --resume may change. The batch may be cut in another way, its images a step stay.
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "accumulate",
-              "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad")
+              "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad",
+              "patience")
 
 
 def numbers(text: str) -> list[float]:
@@ -98,6 +99,8 @@ def factors(text: str) -> dict[str, float]:
     known = {"backbone", "neck", "heads", "mask"}
     if not found.keys() <= known or len(found) < len(text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, heads, mask")
+    if not all(0 <= float(factor) < math.inf for factor in found.values()):
+        raise argparse.ArgumentTypeError(f"{text}, expected factors of 0 or more")
     return {part: float(factor) for part, factor in found.items()}
 
 
@@ -174,12 +177,13 @@ FLAGS = {
         ("warmup-momentum", float, None, "momentum at step 0"),
         ("warmup-bias-lr", float, None, "biases' rate at step 0"),
         ("warmup-mult", factors, {}, "parts that are slower while warming up, like backbone=0.1"),
-        ("dynamic-warmup", bool, False, "go on while the loss does not fall, to 3 times --warmup"),
+        ("dynamic-warmup", bool, False, "go on while the loss does not fall, to 3 times --warmup, "
+         "or half of the steps until --restarts"),
         ("schedule", ("cosine", "step", "flat"), "cosine", "of the rate after the warmup"),
         ("lr-steps", numbers, [], "step: epochs after which the rate drops, like 90,120, counted "
          "from each restart"),
         ("lr-factor", float, 0.1, "step: by how much"),
-        ("restarts", int, 0, "how often warmup and schedule begin anew"),
+        ("restarts", int, 0, "how often the rate's warmup and schedule begin anew"),
         ("final-ratio", float, None, "last learning rate / peak"),
         ("weight-decay", float, None, "not on biases and norms"),
         ("clip-norm", float, math.inf, "largest gradient norm"),
@@ -190,7 +194,8 @@ FLAGS = {
         ("ema-decay", float, None, "largest decay"),
         ("sigma-start", float, None, "keypoint tolerance at step 0, as a multiple of sigma"),
         ("sigma-epochs", float, None, "epochs until that tolerance has shrunk to sigma"),
-        ("amp", tuple(AMP_DTYPES), "no", "autocast type"),
+        ("amp", tuple(AMP_DTYPES), "no", "autocast type; no: float32, by PyTorch's default TF32 in "
+         "a GPU's convolutions"),
         ("compile", bool, False, "torch.compile the network, for GPUs: on a CPU it was slower"),
         ("double", bool, False, "float64: slow, to check promises"),
         ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing: at first "
@@ -221,9 +226,9 @@ METAVARS = {str: "TEXT", int: "N", float: "X", numbers: "X,X,...", factors: "PAR
 # No number may be negative.
 POSITIVE = ("image_size", "epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr",
             "eval_every", "patience", "log_every", "clip_norm", "max_steps", "save_every",
-            "sync_check", "max_skipped")
+            "sync_check", "max_skipped", "sigma_start")
 SHARES = ("mosaic", "mixup", "flip", "bgr", "rotate90", "scale", "occlude", "multi_scale",
-          "label_smoothing")
+          "label_smoothing", "ema_decay")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -255,10 +260,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             check(name, value >= 0, "must be 0 or more")
             check(name, value > 0 or name not in POSITIVE, "must be positive")
             check(name, value <= 1 or name not in SHARES, "must lie in 0 to 1")
+            check(name, value < 1 or "momentum" not in name, "must be less than 1")
+            check(name, value < math.inf or name in ("clip_norm", "max_lr"), "must be finite")
     size = args.image_size or 32
     check("image_size", size % 32 == 0, "must be a multiple of 32, the largest stride")
     if args.dry_run and args.resume:
         p.error("--resume goes on with a run, --dry-run makes none; give one of them")
+    if args.double and args.amp in ("bf16", "fp16"):
+        p.error(f"--double trains in float64, --amp {args.amp} does not; give one of them")
+    if args.optimizer == "sgd" and args.momentum == 0:
+        p.error("--momentum 0 is nothing for --optimizer sgd, whose momentum is Nesterov's")
     for names, fine, flag in (
             ({"teacher_model", "distill_weight"}, args.teacher is not None, "teacher"),
             ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
@@ -320,10 +331,6 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    # torch 2.14 keeps the addresses of processes that died in the store that a restart reads. On
-    # one machine the number of the restart tells them apart; machines need not agree on it.
-    one_machine = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
-    restart = env.get("TORCHELASTIC_RESTART_COUNT") if one_machine else None
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -332,9 +339,32 @@ def setup_distributed() -> tuple[int, int, torch.device]:
         raise ValueError(f"{host}:{port}: {str(error).splitlines()[0]}; is the port taken? Choose "
                          f"another --master-port") from None
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
-                            world_size=world_size,
-                            store=dist.PrefixStore(f"restart {restart}", store))
+                            world_size=world_size, store=dist.PrefixStore(
+                                name_of_start(store, rank, world_size, wait), store))
     return rank, world_size, device
+
+
+def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.timedelta) -> str:
+    """A name on which the processes of this start agree, and that no earlier start had.
+
+    torch 2.14 keeps the addresses of processes that died in the store that a restart reads, and
+    machines do not agree on the number of the restart. So process 0 chooses a name and answers
+    each of the others; who has read an earlier start's name gets no answer, and reads again.
+    """
+    me, deadline = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}", time.monotonic()
+    if rank == 0:
+        store.set("leader", me)
+        for other in range(1, world_size):
+            store.set(f"welcome {store.get(f'{me} {other}').decode()}", me)
+        return me
+    while time.monotonic() < deadline + wait.total_seconds():
+        store.set(f"{store.get('leader').decode()} {rank}", me)
+        try:
+            store.wait([f"welcome {me}"], datetime.timedelta(seconds=2))
+            return store.get(f"welcome {me}").decode()
+        except dist.DistStoreError:
+            continue
+    raise ValueError(f"process 0 was not seen within {wait}; do all nodes run the same command?")
 
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
@@ -529,8 +559,11 @@ def read_run(args: argparse.Namespace, rank: int) -> dict | None:
     return saved
 
 
-def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str) -> None:
-    """Bring all that has a memory to where the checkpoint stands."""
+def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, images: int) -> None:
+    """Bring all that has a memory to where the checkpoint stands; images are those to train on."""
+    if saved.get("images", images) != images:  # older files do not say
+        sys.exit(f"train.py: the run in {out} trains on {saved['images']} images, here are "
+                 f"{images}; give it its data, or start a new run in another --out")
     vars(at).update({name: saved[name] for name in vars(at)})
     try:
         for name, part in parts.items():
@@ -549,8 +582,10 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     """
     if not saved:
         return args.batch_size * args.accumulate * world_size
-    total, given = saved["global_batch"], [] if args.auto_batch else args.given
-    share, limit, note = max(total // world_size, 1), args.batch_size, f"{args.out}/out_of_memory"
+    note, restarts = f"{args.out}/out_of_memory", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    again = from_rank_0(os.path.exists(note) and restarts != "0")  # torchrun repeats --batch-size
+    total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
+    share, limit = max(total // world_size, 1), args.batch_size
     if "batch_size" not in given:
         if "accumulate" in given or world_size != saved["world_size"]:
             limit = max(share // args.accumulate, 1)  # norms go on seeing as many images
@@ -587,8 +622,9 @@ def out_of_memory(args: argparse.Namespace) -> None:
     os._exit(1)
 
 
-def lock(out: str) -> None:
-    """Let no other process write to `out` while this one lives."""
+def lock(out: str, new: bool) -> None:
+    """Let no other process write to `out` while this one lives. A new run removes what one before
+    it, whose checkpoints are gone, has left to go on with."""
     os.makedirs(out, exist_ok=True)
     handle = os.open(os.path.join(out, "lock"), os.O_RDWR | os.O_CREAT)
     try:
@@ -596,6 +632,9 @@ def lock(out: str) -> None:
     except BlockingIOError:
         sys.exit(f"train.py: another process is writing to {out}; wait for its end, stop it, or "
                  f"give another --out")
+    for name in ("log.jsonl", "out_of_memory") if new else ():
+        if os.path.exists(f"{out}/{name}"):
+            os.remove(f"{out}/{name}")
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
@@ -682,6 +721,13 @@ def catch_signals() -> list[int]:
     return asked
 
 
+def largest_memory(device: torch.device) -> float:
+    """The most that this process has used so far, GB: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def mean_of(files: list[str]) -> dict[str, Tensor]:
     """The mean of several files' weights and statistics; counters are the last one's."""
     states = [load_file(file)["model"] for file in files]
@@ -702,7 +748,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
     best, at.evaluated = stopper.best, epoch
     # While AP is 0 people already come nearer: OKS says which weights are better.
     score = metrics["AP"] if metrics["AP"] > 0.001 else metrics["OKS"] - 1
-    at.stopped = stopper.update(score, epoch)
+    stopper.update(score, epoch)
     listed = [f"best_{e}.pt" for _, e in at.best]
     at.best = sorted([*at.best, [metrics["AP"], epoch]], reverse=True)[:args.average_best]
     if rank == 0:
@@ -718,7 +764,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
                 os.remove(f"{args.out}/{name}")
         if [metrics["AP"], epoch] in at.best:
             write_atomically(f"{args.out}/best_{epoch}.pt", content)
-    if at.best and (last or at.stopped):
+    if at.best and (last or stopper.over(epoch)):
         files = [f"{args.out}/best_{e}.pt" for e in sorted(e for _, e in at.best)]
         model = copy.deepcopy(ema.model)
         model.load_state_dict(from_rank_0(mean_of(files) if rank == 0 else None))
@@ -743,12 +789,12 @@ def main() -> None:
         model, teacher, criterion, report = make_model(args, skeleton, device)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
-        total_steps = plan.total_steps
         if rank == 0:
-            lock(args.out)
+            lock(args.out, new=not saved)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
+    total_steps = plan.total_steps
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad],
                                3 + len(criterion.terms))  # and scores, bad, stop
@@ -758,14 +804,14 @@ def main() -> None:
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
     if args.compile:  # after the average took its copy
         model.compile(fullgraph=True)
-    warmup, stopper = WarmupEnd(plan.warmup, args.dynamic_warmup), EarlyStopping(args.patience)
+    warmup = WarmupEnd(plan.warmup, args.dynamic_warmup, total_steps // (args.restarts + 1) // 2)
+    stopper = EarlyStopping(args.patience)
     log = Log(args, rank, total_steps, global_batch, images, criterion.terms)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
-    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, stopped=False, best=[],
-                            bad=[])
+    at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
-        take_up(saved, at, parts, args.out)
+        take_up(saved, at, parts, args.out, images)
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
@@ -776,27 +822,28 @@ def main() -> None:
     val_loader = make_loader(val_set, val_batches(len(val_set), args.batch_size, rank, world_size),
                              args.workers, device)
     about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
-             "global_batch": global_batch, "world_size": world_size, "launch": launch_id()}
+             "global_batch": global_batch, "world_size": world_size, "launch": launch_id(),
+             "images": images}
 
     def save() -> None:
         if rank == 0 and not args.dry_run:
             save_last(args.out, {**about, **vars(at),
                                  **{name: part.state_dict() for name, part in parts.items()}})
 
-    if rank == 0 and at.step < stop and not at.stopped:
+    if rank == 0 and at.step < stop and not stopper.over(at.evaluated):
         log.starts.append(print_plan(
             args, source, report, train_set, (images, len(val_set)), (world_size, global_batch),
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
         if args.dry_run:
             print(*describe(train_set), sep="\n")
-            write_text(f"{args.out}/curves.svg", svg_curves(curves(
-                scheduler, plan, warmup, args.warmup_momentum, args.momentum)))
+            points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
+            write_text(f"{args.out}/curves.svg", svg_curves(points))
     if not saved:
         save()  # from here on --resume works
         if rank == 0:
             save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
     written, asked, parent = at.step, catch_signals(), os.getppid()
-    while not at.stopped:
+    while not stopper.over(at.evaluated):
         epoch = 0 if args.dry_run else ends.get(at.step, 0)
         due = epoch or at.step == stop or at.step % (args.save_every or stop) == 0
         if due and at.step > written:
@@ -805,11 +852,12 @@ def main() -> None:
         if epoch and epoch in args.save_epochs and rank == 0:
             write_atomically(f"{args.out}/epoch_{epoch}.pt",
                              {**about, "model": ema.model.state_dict(), "step": at.step})
-        if epoch > at.evaluated and (epoch % args.eval_every == 0 or at.step == total_steps):
+        if epoch > at.evaluated and (at.step == total_steps or  # a step may complete several
+                                     epoch // args.eval_every > at.evaluated // args.eval_every):
             finish_epoch(args, at, epoch, at.step == total_steps, ema, val_loader, truth, stopper,
                          log, about, rank)
             save()
-        if at.step >= stop or at.stopped:
+        if at.step >= stop or stopper.over(at.evaluated):
             break
         if args.freeze:
             freeze(model, args.freeze, at.step * global_batch // images, args.epochs)
@@ -830,9 +878,7 @@ def main() -> None:
             ema.update(at.step)
             warmup.update(at.step, sum(result.sums[1:]) / max(result.sums[0], 1.0))
             scheduler.step()  # after the warmup's end may have moved, as a resumed run has it
-            log.step(at.step, result, rate,
-                     torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else
-                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            log.step(at.step, result, rate, largest_memory(device))
             if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:
                 sync_check(model, result.mine, rank)
         else:
@@ -844,10 +890,10 @@ def main() -> None:
             save()
             break
     if rank == 0:
-        log.end(at.step, at.stopped, stopper.best, stopper.best_epoch, args.out)
+        log.end(at.step, at.evaluated, ends[total_steps], stopper, args.out)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if asked:
+    if asked and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun would start it again
         sys.exit(128 + asked[0])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from pycocotools import mask as coco_mask
 
 import data
 from data import (MOSAIC, MOSAIC_HEAVY, PAD_GRAY, PAD_MODES, PLAIN, Augment, CocoPose, Stream,
@@ -295,6 +296,12 @@ def test_pixels_are_those_of_the_slow_version(matrix, color):
     assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= 0.51
 
 
+def mask_of(pixels: np.ndarray) -> dict:
+    """COCO's compressed run lengths of pixels (H, W)."""
+    found = coco_mask.encode(np.asfortranarray(pixels))
+    return {"size": found["size"], "counts": found["counts"].decode()}
+
+
 def test_masks_reach_the_batch_and_odd_shapes_are_refused(tmp_path):
     coco = dot_images(tmp_path, ".png", count=2)
     for ann in coco["annotations"]:
@@ -308,11 +315,18 @@ def test_masks_reach_the_batch_and_odd_shapes_are_refused(tmp_path):
     size = [coco["images"][0]["height"], coco["images"][0]["width"]]
     for bad in ("x", [[1, 2]], {"size": [3, 3], "counts": [9]}, {"counts": [9]},
                 [[1, 2, 3, "4", 5, 6]], [[1, 2, 3, 4, 5, float("nan")]], [[0, 0, 1e30, 0, 5, 5]],
-                {"size": size, "counts": [2**70]},
+                {"size": size, "counts": [2**70]}, {"size": size, "counts": "abc"},
+                {"size": size, "counts": mask_of(np.ones((3, 3), np.uint8))["counts"]},
                 {"size": size, "counts": [5, -5, size[0] * size[1]]}):
         coco["annotations"][0]["segmentation"] = bad
         with pytest.raises(ValueError, match="annotation 1: segmentation"):
             flatten(coco, masks=True)
+    for pixels in np.random.default_rng(0).random((9, *size)) < [[[.5]], [[.9]], [[.001]]] * 3:
+        text = mask_of(pixels.astype(np.uint8))  # the run lengths of a text, by numpy
+        changes = np.flatnonzero(np.diff([0, *pixels.ravel("F").astype(int)]))
+        assert data.runs_of(text["counts"]) == np.diff([0, *changes, pixels.size]).tolist()
+        coco["annotations"][0]["segmentation"] = text
+        flatten(coco, masks=True)
     for ann in coco["annotations"]:
         del ann["segmentation"]
     with pytest.raises(ValueError, match="no annotation has a segmentation"):
@@ -456,6 +470,7 @@ def test_flip_pairs_and_sigmas_come_from_names_the_json_or_flags():
     with pytest.raises(ValueError, match="2 sigmas for 4 keypoints"):
         read_skeleton(coco, sigmas=[1, 1])
     for key, bad, message in (("sigmas", 5, "wrong sigmas"), ("sigmas", ["x"] * 4, "wrong sigmas"),
+                              ("sigmas", [math.nan] * 4, "4 sigmas"),
                               ("skeleton", 5, "skeleton 5"), ("skeleton", [[0, 1]], "skeleton")):
         with pytest.raises(ValueError, match=message):
             read_skeleton({"categories": [{**coco["categories"][0], key: bad}]})
@@ -484,6 +499,10 @@ def with_category(**changes) -> dict:
     (with_category(keypoints=[]), "expected exactly one with keypoint names"),
     (labels([IMAGE], [{**PERSON, "category_id": 2}]), "annotation 7 has category_id 2, expected 1"),
     (labels([IMAGE], [{**PERSON, "iscrowd": "0"}]), "annotation 7 has iscrowd 0, expected 0 or 1"),
+    (labels([IMAGE], [{**PERSON, "area": "12"}]), "area 12 or keypoints with something"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, 1e39, 5]}]), "expected finite numbers"),
+    (labels([IMAGE], [{**PERSON, "bbox": [0, 0, 0, 0]}]), "boxes around the people"),
+    (labels([IMAGE], [{**PERSON, "keypoints": [0.1, 0.9, 2] * 3}]), "not shares of the image"),
     (labels([IMAGE], [{**PERSON, "bbox": [0.1, 0.2, 0.5, 1]}]), "not shares of the image"),
     (with_category(keypoints=["a", "a", "b"]), "different texts"),
     (with_category(keypoints=[1, 2, 3]), "different texts"),
@@ -522,15 +541,16 @@ def test_missing_numbers_that_scoring_needs_are_filled_in(tmp_path):
     path.write_text(json.dumps(labels([IMAGE], [PERSON])))
     ann = read_json(str(path))["annotations"][0]
     assert (ann["iscrowd"], ann["num_keypoints"], ann["area"]) == (0, 3, pytest.approx(0.53 * 25))
-    coco = labels([IMAGE], [{**PERSON, "iscrowd": None, "num_keypoints": 0}])
+    coco = labels([IMAGE], [{**PERSON, "iscrowd": None, "num_keypoints": 0, "area": -25}])
     coco["categories"].insert(0, {"id": 0, "name": "fish-project", "supercategory": "none"})
-    path.write_text(json.dumps(coco))
+    path.write_text(json.dumps(coco), encoding="utf-8-sig")  # as Windows' tools write
     coco = read_json(str(path))
     assert [category["id"] for category in coco["categories"]] == [1]
     ann = coco["annotations"][0]
     assert (ann["iscrowd"], ann["num_keypoints"], ann["category_id"]) == (0, 3, 1)
+    assert ann["area"] == pytest.approx(0.53 * 25)
     path.write_text(json.dumps(labels([IMAGE], [
-        {"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5], "area": 0}])))  # a plain box
+        {"id": 7, "image_id": 1, "bbox": [0, 0, 5, 5], "area": None, "keypoints": []}])))
     ann = read_json(str(path))["annotations"][0]
     assert ann["keypoints"] == [0] * 9 and ann["area"] == pytest.approx(0.53 * 25)
 

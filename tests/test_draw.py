@@ -26,6 +26,7 @@ from draw import (Log, html_image, html_page, html_table, report_page, svg_chart
 from evaluate import best_oks, extremes, keypoint_ap, quiet_coco, score
 from model import YoloNasPose
 from people import draw_dataset
+from schedule import EarlyStopping
 from test_evaluate import coco_file, detections
 
 ROOT, SVG = Path(__file__).parents[1], "{http://www.w3.org/2000/svg}"
@@ -309,7 +310,7 @@ def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
     charts = re.findall("<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.S)
     assert [[len(line) for line in lines_of(chart)] for chart in charts] == [[1], [], [1]]
     log.skip(3, 2, Namespace(sums=[1.0, math.inf]))
-    log.end(3, False, 0.25, 1, str(tmp_path))
+    log.end(3, 1, 2, EarlyStopping(9), str(tmp_path))
     last = Page((tmp_path / "report.html").read_text())
     assert last.images == page.images and last.tables[0][1][-1] == "2"
     assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "report.html"}

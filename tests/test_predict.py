@@ -129,6 +129,10 @@ def test_no_picture_replaces_its_source(weights, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "a.jpg").read_bytes()
     code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path)
     assert code == 1 and "would replace" in err and (tmp_path / "a.jpg").read_bytes() == before
+    (tmp_path / "a.jpg").rename(tmp_path / "sheet.jpg")
+    for flags in (["--out", tmp_path], ["--json", tmp_path / "sheet.jpg", "--out", tmp_path / "o"]):
+        code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, *flags)
+        assert code == 1 and "would replace" in err
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_done(weights, tmp_path, monkeypatch, capsys):
@@ -146,7 +150,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_done(weights, tmp_path, monke
 
 @pytest.mark.parametrize("mode, size", [("L", (90, 60)), ("CMYK", (90, 60)), ("P", (90, 60)),
                                         ("RGBA", (90, 60)), ("I;16", (90, 60)), ("RGB", (1, 1)),
-                                        ("RGB", (4000, 6))])
+                                        ("RGB", (4000, 6)), ("RGB", (70_000, 2))])
 def test_any_mode_and_shape_is_drawn(weights, tmp_path, monkeypatch, capsys, mode, size):
     image = photo(*size)
     if mode == "I;16":

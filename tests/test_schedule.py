@@ -161,6 +161,14 @@ def test_an_automatic_warmup_leaves_half_of_a_short_run(epochs, warmup, restarts
     assert make_plan(args, 100, 10)[1].warmup == steps
 
 
+def test_a_dynamic_warmup_ends_with_the_cycle():
+    for most, end in ((math.inf, 21), (12, 12), (5, 7)):
+        warmup = WarmupEnd(7, True, most)
+        for step in range(1, 40):
+            warmup.update(step, 1.0)
+        assert warmup.end == end
+
+
 def test_a_warmup_that_no_cycle_can_hold_is_refused():
     args = parse_args(["--epochs", "4", "--warmup", "12", "--restarts", "2"])
     fill_recipe(args)
@@ -214,6 +222,7 @@ def test_early_stopping_counts_epochs_not_evaluations():
     again = EarlyStopping(patience=4, min_delta=0.01)
     again.load_state_dict(stopper.state_dict())
     assert again.update(0.2, 8) and again.best == 0.2 and again.best_epoch == 4
+    assert again.over(8) and not again.over(7)
 
 
 def test_decay_is_for_all_but_biases_and_norms_and_frozen_parameters_are_left_out():

@@ -398,6 +398,32 @@ def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_pat
     assert not model.training
 
 
+def test_a_run_in_a_used_folder_begins_its_own_log_and_keeps_to_its_images(small, tmp_path,
+                                                                            monkeypatch, capsys):
+    """Steps of 20 of 10 images complete epochs 2, 4, 6: evaluations are due at 3, and at 6."""
+    shutil.copytree(small / "people", tmp_path / "people")
+    (tmp_path / "run").mkdir()
+    for name in ("log.jsonl", "out_of_memory"):
+        (tmp_path / "run" / name).write_text("1")
+    flags = ("--out", tmp_path / "run", "--batch-size", 20, "--epochs", 6, "--warmup", 1,
+             "--image-size", 64, "--workers", 0, "--eval-every", 3, "--log-every", 1)
+    here(monkeypatch, capsys, train, "--data", tmp_path / "people", *flags, "--max-steps", 2)
+    assert [line.get("epoch") for line in log_lines(tmp_path / "run") if "AP" in line] == [4]
+    assert not (tmp_path / "run" / "out_of_memory").exists()
+    path = tmp_path / "people/annotations/person_keypoints_train2017.json"
+    text = path.read_text()
+    labels = json.loads(text)
+    first = labels["images"].pop()["id"]
+    labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] != first]
+    path.write_text(json.dumps(labels))
+    with pytest.raises(SystemExit, match="trains on 10 images, here are 9; give it its data"):
+        here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
+    path.write_text(text)
+    said, _ = here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
+    assert "done at step 3 of 3" in said
+    assert [line.get("epoch") for line in log_lines(tmp_path / "run") if "AP" in line] == [4, 6]
+
+
 def test_a_mean_of_files_by_hand(tmp_path):
     for i, values in enumerate(([1.0, 2.0], [3.0, 6.0])):
         torch.save({"model": {"w": torch.tensor(values), "n": torch.tensor(5 + i)}},
