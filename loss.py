@@ -70,8 +70,7 @@ def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
     x1, y1, x2, y2 = people[:, :, None].unbind(-1)                                # (B, M, 1) each
     u1, v1, u2, v2 = anchors[:, None].unbind(-1)                                  # (B, 1, A) each
     width = torch.minimum(x2, u2).sub_(torch.maximum(x1, u1)).clamp_(min=0)       # (B, M, A)
-    height = torch.minimum(y2, v2).sub_(torch.maximum(y1, v1)).clamp_(min=0)      # (B, M, A)
-    overlap = width.mul_(height)
+    overlap = width.mul_(torch.minimum(y2, v2).sub_(torch.maximum(y1, v1)).clamp_(min=0))
     area = (people[..., 2:] - people[..., :2]).clamp(min=0).prod(-1)              # (B, M)
     anchor_area = (anchors[..., 2:] - anchors[..., :2]).clamp(min=0).prod(-1)     # (B, A)
     return overlap / (area[:, :, None] + anchor_area[:, None] - overlap + EPS)
@@ -93,8 +92,8 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
     1. quality     box IoU x OKS: how well an anchor already predicts a person
     2. metric      score^alpha x quality^beta: good at finding and at placing the person
     3. candidates  per person, the topk anchors of highest metric whose center is in the box
-    4. conflicts   an anchor wanted by several people goes to the one it predicts best, even if
-                   that one did not ask for it
+    4. conflicts   an anchor wanted by several people goes to the one it predicts best of all
+                   whose box holds its center (of all people, in the reference)
     5. weight      the metric, rescaled so that a person's best anchor weighs its best quality
 
     scores     (B, A) in [0, 1]                 gt_boxes      (B, M, 4)    px
@@ -108,7 +107,7 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
     A fresh network has OKS near 0, and its 6th power is lost beside any epsilon: the reference
     gives about half of the people no target at all. The cure, two parts: an OKS below oks_floor
     counts as oks_floor, so that IoU ranks the first anchors, and quality is measured against the
-    person's best before it is raised to beta. oks_floor = 0 is the reference's exact rule.
+    person's best before it is raised to beta. oks_floor = 0 is the reference's exact rule, 4 too.
     """
     visible = gt_keypoints[..., 2] > 0                                            # (B, M, K)
     area = BODY_SHARE_OF_BOX * (gt_boxes[..., 2:] - gt_boxes[..., :2]).prod(-1)   # (B, M) px^2
@@ -118,17 +117,18 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
     quality = pairwise_iou(gt_boxes, boxes).mul_(similarity.clamp_(min=oks_floor))   # (B, M, A)
     allowed = inside(centers, gt_boxes) & people[..., None]                       # (B, M, A)
     # 2
-    eps, relative = EPS, quality * allowed                                        # (B, M, A)
+    eps, relative, takers = EPS, quality, people[..., None]
     if oks_floor > 0:
-        eps = torch.finfo(quality.dtype).tiny
+        eps, takers = torch.finfo(quality.dtype).tiny, allowed
+        relative = quality * allowed                                              # (B, M, A)
         relative /= relative.amax(2, keepdim=True).clamp(min=eps)
-    metric = relative.pow_(beta).mul_(scores[:, None].pow(alpha))                 # (B, M, A)
+    metric = relative.pow(beta).mul_(scores[:, None].pow(alpha))                  # (B, M, A)
     # 3
-    best = metric.topk(min(topk, metric.shape[2]), dim=2).indices                 # (B, M, topk)
+    best = (metric * allowed).topk(min(topk, metric.shape[2]), dim=2).indices     # (B, M, topk)
     wanted = torch.zeros_like(allowed).scatter_(2, best, True) & allowed          # (B, M, A)
     # 4
     first = wanted.int().argmax(1)                                                # (B, A)
-    predicted_best = (quality * people[..., None]).argmax(1)                      # (B, A)
+    predicted_best = (quality * takers).argmax(1)                                 # (B, A)
     claims = wanted.sum(1)                                                        # (B, A)
     person = torch.where(claims > 1, predicted_best, first).masked_fill(claims == 0, -1)
     rows = torch.arange(people.shape[1], device=person.device)[:, None]           # (M, 1)

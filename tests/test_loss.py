@@ -138,7 +138,7 @@ def test_assignment_is_the_references(case, rule):
 def slow_assign(scores, boxes, poses, centers, gt_boxes, gt_poses, people, sigmas, topk, floor):
     """assign for one image, number by number. Also return how often two and nobody's wish met."""
     m, a, eps = len(gt_boxes), len(scores), 1e-9
-    quality, metric = np.zeros((m, a)), np.zeros((m, a))
+    quality, inside = np.zeros((m, a)), np.zeros((m, a), bool)
     for g, i in np.ndindex(m, a):
         (x1, y1, x2, y2), (u1, v1, u2, v2) = gt_boxes[g], boxes[i]
         overlap = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
@@ -151,19 +151,22 @@ def slow_assign(scores, boxes, poses, centers, gt_boxes, gt_poses, people, sigma
             similarity += math.exp(-d2 / (2 * (2 * sigmas[k]) ** 2 * area)) / (len(labeled) + eps)
         quality[g, i] = overlap / (union + eps) * max(similarity, floor)
         x, y = centers[i]
-        if people[g] and min(x - x1, y - y1, x2 - x, y2 - y) > eps:
-            metric[g, i] = quality[g, i]
+        inside[g, i] = people[g] and min(x - x1, y - y1, x2 - x, y2 - y) > eps
+    metric = np.zeros((m, a))
     for g in range(m):
-        unit = max(metric[g]) if floor and max(metric[g]) > 0 else 1
-        metric[g] = scores * (metric[g] / unit) ** 6
-    wanted = [[i for i in np.argsort(-row)[:topk] if row[i] > 0] for row in metric]
+        if floor:  # ours: outside of its box somebody gets nothing
+            metric[g] = scores * (inside[g] * quality[g] / max(*(inside * quality)[g], 1e-99)) ** 6
+        else:
+            metric[g] = scores * quality[g] ** 6
+    wanted = [[i for i in np.argsort(-row)[:topk] if row[i] > 0] for row in metric * inside]
     person, surprises = np.full(a, -1), 0
     for i in range(a):
         claims = [g for g in range(m) if i in wanted[g]]
         if len(claims) == 1:
             person[i] = claims[0]
         elif claims:
-            person[i] = max((g for g in range(m) if people[g]), key=lambda g: quality[g, i])
+            takers = [g for g in range(m) if (inside[g, i] if floor else people[g])]
+            person[i] = max(takers, key=lambda g: quality[g, i])
             surprises += person[i] not in claims
     weight = np.zeros(a)
     for g in range(m):
