@@ -162,12 +162,12 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
 def complete_iou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-10) -> Tensor:
     """1 - IoU + distance of the centers + difference in shape (CIoU). Boxes (..., 4) to (...).
 
-    torchvision's picks the overlapping boxes by a mask, for which a GPU has to wait.
+    No mask picks boxes, as in torchvision's, and no prod has a gradient: a GPU would wait for them.
     """
     size, target_size = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
     low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)        # (..., 4)
-    overlap = (low[..., 2:] - high[..., :2]).clamp(min=0).prod(-1)
-    iou = overlap / (size.prod(-1) + target_size.prod(-1) - overlap + eps)
+    overlap = torch.mul(*(low[..., 2:] - high[..., :2]).clamp(min=0).unbind(-1))
+    iou = overlap / (torch.mul(*size.unbind(-1)) + target_size.prod(-1) - overlap + eps)
     apart = (boxes[..., :2] + boxes[..., 2:] - target[..., :2] - target[..., 2:]) / 2
     hull = high[..., 2:] - low[..., :2]                                           # (..., 2)
     distance = apart.square().sum(-1) / (hull.square().sum(-1) + eps)
