@@ -202,7 +202,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float,
     """Parameters that train, for the optimizer: by part (backbone, neck, heads) and kind.
 
     Biases and norms do not decay; bottlenecks' alphas do, as in the original. lr_mult slows or
-    speeds a part. Each group says its part and whether it holds biases.
+    speeds a part. Each group says its part and whether it holds biases. What freezes together fills
+    whole groups, as fused SGD cannot begin with some parameters of a group later.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
              for p in m.parameters()}
@@ -210,11 +211,10 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float,
     for name, p in model.named_parameters():
         if p.requires_grad:
             part, bias = name.split(".")[0], name.endswith("bias")
-            plain = bias or id(p) in norms
-            groups.setdefault((part, bias, plain), []).append(p)
+            groups.setdefault((part, bias, id(p) in norms), []).append(p)
     return [{"params": params, "part": part, "bias": bias, "lr": lr * lr_mult.get(part, 1.0),
-             "weight_decay": 0.0 if plain else weight_decay}
-            for (part, bias, plain), params in groups.items()]
+             "weight_decay": 0.0 if bias or norm else weight_decay}
+            for (part, bias, norm), params in groups.items()]
 
 
 def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.optim.Optimizer:

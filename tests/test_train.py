@@ -20,7 +20,7 @@ from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
-from schedule import epoch_ends
+from schedule import epoch_ends, make_optimizer, param_groups
 from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
                    make_model, mean_of, note_bad, open_data, parse_args, train_step)
 
@@ -318,7 +318,7 @@ def test_a_frozen_part_keeps_every_bit_and_thaws():
     torch.manual_seed(0)
     model = YoloNasPose("n")
     flat, _ = flat_gradients([p for p in model.parameters() if p.requires_grad], extra=7)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = make_optimizer("sgd", param_groups(model, 0.1, 0.1), 0.9)  # fused: whole groups
     ranges, moved = epochs_of("backbone:-1,bn:2"), []
     for epoch in range(4):  # of 4: norms are frozen in 0 and 1, the backbone in 3
         freeze(model, ranges, epoch, 4)
