@@ -133,7 +133,7 @@ class Bottleneck(nn.Module):
                               ConvBNReLU(channels, channels, 3) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.alpha * x + self.cv2(self.cv1(x))
+        return self.alpha.to(x.dtype) * x + self.cv2(self.cv1(x))  # autocast would widen x
 
 
 class CSPLayer(nn.Module):

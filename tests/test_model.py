@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from data import COCO_NAMES
-from model import (BINS, CSPLayer, QARepVGG, RawOutput, YoloNasPose, decode, load_weights,
-                   make_anchors, read_weights)
+from model import (BINS, Bottleneck, CSPLayer, QARepVGG, RawOutput, YoloNasPose, decode,
+                   load_weights, make_anchors, read_weights)
 from reference import INPUTS, committed, full, image, official_shapes, official_state
 
 STEM = "backbone.stem.conv"
@@ -317,6 +317,17 @@ def test_a_cell_tells_four_by_four_pixels():
         model.mask[1].bias.copy_(torch.arange(16.0))
         mask = model(torch.rand(1, 3, 64, 64)).mask_logits
     assert torch.equal(mask[0, 4:8, 8:12], torch.arange(16.0).reshape(4, 4))
+
+
+def test_half_precision_is_not_widened_on_its_way():
+    """One float32 factor would make all sums and norms after it float32, in memory and time."""
+    model, widths = YoloNasPose("m"), []
+    for module in model.modules():
+        if isinstance(module, (Bottleneck, QARepVGG, torch.nn.BatchNorm2d)):
+            module.register_forward_hook(lambda module, inputs, out: widths.append(out.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(1, 3, 64, 64))
+    assert len(widths) > 200 and set(widths) == {torch.bfloat16}
 
 
 def test_torch_compile_traces_the_network_as_a_whole():
