@@ -456,7 +456,8 @@ class Log:
             return
         seconds = self.ended - self.interval
         score_sum, *sums = self.sums
-        terms = {name: term / max(score_sum, 1.0) for name, term in zip(self.terms, sums)}
+        share = max(score_sum, self.steps)  # a step's gradient is divided by 1 at least
+        terms = {name: term / share for name, term in zip(self.terms, sums)}
         epoch, loss = round(step * self.global_batch / self.images, 3), sum(terms.values())
         rate, waited = self.taken * self.global_batch / seconds, self.waited / seconds
         self.write({"step": step, "epoch": epoch, "loss": loss, **terms,

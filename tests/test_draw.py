@@ -300,6 +300,29 @@ def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
     assert page.tables[1] == [["step", "skipped", "not_finite"], ["0", "1", "cls"]]
     log.starts = ["first plan", "plan <2>"]
     log.evaluation(3, "epoch", 1, {"AP": 0.25, "AR": -1.0, "OKS": 0.5}, best=True)
+def test_the_logged_loss_is_the_steps_own_however_few_scores_and_lines(tmp_path):
+    """A step divides by its assigned scores, at least 1; here they are 0.25, the terms' sum 3."""
+    for every in (1, 4):
+        (tmp_path / str(every)).mkdir()
+        log = Log(Namespace(out=str(tmp_path / str(every)), dry_run=False, log_every=every,
+                            max_steps=None), 0, 12, 4, 40, ("cls", "iou"))
+        for step in range(1, 13):
+            log.step(step, Namespace(sums=[0.25, 1.0, 2.0], waited=0, norm=1.0), 0.1, 1.0)
+        lines = draw.read_log(str(tmp_path / str(every)))
+        assert {(line["loss"], line["cls"], line["scores"]) for line in lines} == {(3, 1, 0.0625)}
+
+
+def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
+    """As a tee that Ctrl-C ended; but a file on a full disk must be known."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        draw.say("lost", stream)
+        draw.say("lost, too", stream)
+    with pytest.raises(OSError, match="No space"), open("/dev/full", "w") as stream:
+        draw.say("full", stream)
+
+
     log.report([("worst: OKS 0.10", Image.new("RGB", (20, 10), "red"))])
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.index("plan <2>") < page.text.index("An earlier start") < page.text.index(
