@@ -610,6 +610,9 @@ def out_of_memory(args: argparse.Namespace) -> None:
     Not by an exception: other processes wait in a collective, and so would a clean exit.
     """
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
+    if not (isinstance(error, torch.OutOfMemoryError)
+            or re.search("unable to find an engine|ALLOC_FAILED", str(error))):
+        raise error
     if half:
         write_text(f"{args.out}/out_of_memory", str(half))  # processes come here together
         advice = (f"try --batch-size {half}" if args.dry_run else
@@ -809,6 +812,7 @@ def main() -> None:
     log = Log(args, rank, total_steps, global_batch, images, criterion.terms)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
+        saved = None  # as large as model, average and optimizer
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
         take_up(saved, at, parts, args.out, images)
@@ -838,7 +842,7 @@ def main() -> None:
             print(*describe(train_set), sep="\n")
             points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
             write_text(f"{args.out}/curves.svg", svg_curves(points))
-    if not saved:
+    if not args.resume:
         save()  # from here on --resume works
         if rank == 0:
             save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
@@ -869,8 +873,8 @@ def main() -> None:
         try:
             result = train_step(model, teacher, criterion, batches, optimizer, scaler, gradients,
                                 args, size, tolerance, bool(asked) or orphaned)
-        except torch.OutOfMemoryError:
-            out_of_memory(args)
+        except RuntimeError as error:
+            out_of_memory(args, error)
         if result.bad:
             note_bad(at.bad, args.max_bad, result.errors, rank)
         if result.finite:
