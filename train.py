@@ -728,7 +728,8 @@ def largest_memory(device: torch.device) -> float:
     """The most that this process has used so far, GB: of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, else kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def mean_of(files: list[str]) -> dict[str, Tensor]:
