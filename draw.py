@@ -6,6 +6,7 @@ Knows nothing about networks, labels or how training works; it imports numpy and
 """
 import argparse
 import base64
+import errno
 import html
 import io
 import itertools
@@ -244,12 +245,29 @@ def html_page(title: str, parts: list[str]) -> str:
             + "\n".join(parts) + "</body></html>\n")
 
 
+def say(text: str, stream=None) -> None:
+    """Print a line to stdout or stream. That nobody reads it any more (a closed terminal, a tee
+    that Ctrl-C ended) does not end a run: what comes then goes nowhere."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def write_text(path: str, text: str) -> None:
     """Write a file so that readers find the old one or the new one whole."""
     temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def read_log(folder: str) -> list[dict]:
@@ -261,9 +279,10 @@ def read_log(folder: str) -> list[dict]:
         for number, text in enumerate(f, 1):
             try:
                 lines.append(dict(json.loads(text)))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path}: line {number} is {text[:40].strip()!r}, expected json; "
-                                 f"remove it if it was cut off") from None
+                lines[-1]["step"] + lines[-1].get("loss", 0)  # numbers, or an error
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}: line {number} is {text[:40].strip()!r}, expected json "
+                                 f"with a step; remove it if it was cut off") from None
     if not lines:
         raise ValueError(f"{path} is empty; wait for the run's first line, at step 5")
     return lines
@@ -413,7 +432,7 @@ class Log:
         """Report the numbers of `epoch` 3, or of the `average of` 10 epochs; -1 is of nobody."""
         self.write({"step": step, of: number, **metrics, **({"best": 1} if best else {})})
         known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
-        print(f"{of} {number}  " + "  ".join(known), flush=True)
+        say(f"{of} {number}  " + "  ".join(known))
 
     def report(self, pictures: list[tuple[str, Image.Image]]) -> None:
         """Write report.html anew, from log.jsonl and validation images with their captions."""
@@ -434,8 +453,9 @@ class Log:
         best, epoch = stopper.best, stopper.best_epoch
         ap = f"best AP {best:.4f}" if best > 0 else f"AP under 0.001, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
-        more = f"; go on with --resume --out {out}" if self.path and state == "stopped" else ""
-        print(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
+        more = f"; go on with --resume --out {shlex.quote(out)}"
+        more = more if self.path and state == "stopped" else ""
+        say(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:
         """Report a train.Step that changed nothing. Return what was not finite."""
@@ -443,8 +463,7 @@ class Log:
                if not math.isfinite(value)] or ["gradient"]
         self.write({"step": step, "skipped": skipped, "not_finite": bad})
         if self.speaks:
-            print(f"step {step + 1} skipped: not finite: {', '.join(bad)}; {skipped} so far",
-                  flush=True)
+            say(f"step {step + 1} skipped: not finite: {', '.join(bad)}; {skipped} so far")
         return ", ".join(bad)
 
     def step(self, step: int, result, lr: float, memory: float) -> None:
@@ -467,9 +486,9 @@ class Log:
         minutes = (self.last - step) * self.global_batch / rate / 60
         eta = f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
         named = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
-        print(f"epoch {epoch:.2f}  step {step}/{self.total_steps}  loss {loss:.3f} ({named})  "
-              f"lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  data {waited:.0%}  "
-              f"{memory:.1f} GB  ETA {eta}", flush=True)
+        say(f"epoch {epoch:.2f}  step {step}/{self.total_steps}  loss {loss:.3f} ({named})  "
+            f"lr {lr:.2e}  norm {result.norm:.1f}  {rate:.1f} img/s  data {waited:.0%}  "
+            f"{memory:.1f} GB  ETA {eta}")
         self.sums, self.steps, self.waited, self.taken = [0.0] * len(self.sums), 0, 0.0, 0
         self.interval = self.ended
 
@@ -513,8 +532,9 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     if not pairs and len(skeleton.names) > 1:
         lines.append("check         is there a left and a right? Name them with --flip-pairs "
                      "A:B,C:D, or mirrored images teach wrong sides")
-    print(*lines, "ETA           measured on the first steps, see below", sep="\n", flush=True)
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    say(text + "\nETA           measured on the first steps, see below")
+    return text
 
 
 def main() -> None:
@@ -522,9 +542,14 @@ def main() -> None:
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder with a log.jsonl")
     p.add_argument("--out", default="runs.html", metavar="FILE", help="default: runs.html")
     args = p.parse_args()
+    if not args.out.endswith(".html"):
+        p.error(f"--out {args.out} must end in .html")
+    begun = [run for run in args.runs if os.path.isfile(os.path.join(run, "log.jsonl"))]
+    for run in set(args.runs).difference(begun) if begun else ():
+        print(f"{run} has no log.jsonl, left out", file=sys.stderr)
     try:
-        runs = {run: read_log(run) for run in args.runs}
-        write_text(args.out, report_page("Runs" if len(runs) > 1 else args.runs[0], runs))
+        runs = {run: read_log(run) for run in begun or args.runs}
+        write_text(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))
     except (ValueError, OSError) as error:
         sys.exit(f"draw.py: {error}")
     print(f"{args.out}: {sum(map(len, runs.values()))} lines of {len(runs)} runs")

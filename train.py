@@ -23,6 +23,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -44,7 +45,7 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers)
-from draw import Log, print_plan, svg_curves, write_text
+from draw import Log, print_plan, say, svg_curves, write_text
 from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, quiet_coco,
                       save_people, to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
@@ -391,8 +392,8 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     mine, others = (set(map(f"{os.path.realpath(folder)}/".__add__, annotations.files.tolist()))
                     for annotations, folder, *_ in sets)
     if mine & others and rank == 0:
-        print(f"check         {len(mine & others)} of {len(others)} images to evaluate are trained "
-              f"on, too: AP says nothing about others")
+        say(f"check         {len(mine & others)} of {len(others)} images to evaluate are trained "
+            f"on, too: AP says nothing about others")
     changes = {name: getattr(args, name) for name in Augment._fields
                if name != "scale" and getattr(args, name, None) is not None}
     if args.scale is not None:
@@ -521,8 +522,8 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
                      f"do their machines run the same code and versions?" if rank == 0 else 1)
     if rank == 0:
         losses = [loss for _, loss in shares]
-        print(f"sync check: {len(state)} tensors are equal on {len(shares)} processes; loss sums "
-              f"of their images {min(losses):.4g} to {max(losses):.4g}", flush=True)
+        say(f"sync check: {len(state)} tensors are equal on {len(shares)} processes; loss sums of "
+            f"their images {min(losses):.4g} to {max(losses):.4g}")
 
 
 def launch_id() -> str:
@@ -603,22 +604,22 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     return total
 
 
-def out_of_memory(args: argparse.Namespace) -> None:
+def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
     """Leave a smaller micro-batch for --resume, and end this process, or with --auto-batch begin it
-    anew.
+    anew. Raises other errors than those of memory, which cuDNN words in its own way.
 
     Not by an exception: other processes wait in a collective, and so would a clean exit.
     """
-    half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if not (isinstance(error, torch.OutOfMemoryError)
             or re.search("unable to find an engine|ALLOC_FAILED", str(error))):
         raise error
+    half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if half:
         write_text(f"{args.out}/out_of_memory", str(half))  # processes come here together
         advice = (f"try --batch-size {half}" if args.dry_run else
-                  f"go on with {half}, same images a step: --resume --out {args.out}")
-    print(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
-          f"{advice}", file=sys.stderr, flush=True)
+                  f"go on with {half}, same images a step: --resume --out {shlex.quote(args.out)}")
+    say(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
+        f"{advice}", sys.stderr)
     if half and args.auto_batch and not (args.dry_run or dist.is_initialized()):
         stop_workers()  # under torchrun, --max-restarts does what follows
         os.execv(sys.executable, [*sys.orig_argv, "--resume"])
@@ -698,7 +699,7 @@ def note_bad(known: list[str], limit: int, errors: list[str], rank: int) -> None
     new = sorted({error for share in gather(errors) for error in share} - set(known))
     known += new
     for error in new if rank == 0 else ():
-        print(f"bad image: {error}; another takes its place", file=sys.stderr, flush=True)
+        say(f"bad image: {error}; another takes its place", sys.stderr)
     if len(known) > limit:
         sys.exit(f"train.py: {len(known)} images cannot be read, more than --max-bad {limit}; they "
                  f"are named above" if rank == 0 else 1)
@@ -706,18 +707,13 @@ def note_bad(known: list[str], limit: int, errors: list[str], rank: int) -> None
 
 def catch_signals() -> list[int]:
     """A list that takes up the signals to stop: Ctrl-C, what schedulers send before they kill, and
-    a terminal that closes (nohup's wish to live on is kept).
-
-    A second Ctrl-C stops at once.
-    """
-    asked, terminals = [], [stream for stream in (1, 2) if os.isatty(stream)]
+    a terminal that closes (nohup's wish to live on is kept). A second Ctrl-C stops at once."""
+    asked = []
 
     def take(number: int, frame) -> None:
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
-        for stream in terminals if number == signal.SIGHUP else ():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # writing to it would be an error
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, take)
@@ -813,10 +809,10 @@ def main() -> None:
     log = Log(args, rank, total_steps, global_batch, images, criterion.terms)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler,
              "stopper": stopper, "log": log, "warmup": warmup}
-        saved = None  # as large as model, average and optimizer
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
         take_up(saved, at, parts, args.out, images)
+        saved = None  # as large as model, average and optimizer
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
@@ -840,7 +836,7 @@ def main() -> None:
             args, source, report, train_set, (images, len(val_set)), (world_size, global_batch),
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
         if args.dry_run:
-            print(*describe(train_set), sep="\n")
+            say("\n".join(describe(train_set)))
             points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
             write_text(f"{args.out}/curves.svg", svg_curves(points))
     if not args.resume:

@@ -4,6 +4,7 @@ import html
 import io
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -253,21 +254,30 @@ def test_every_number_of_the_logs_is_in_a_table_and_in_a_curve(tmp_path, monkeyp
         assert [len(line) for line in lines_of(chart)] in ([3] * count, [12] * count)
 
 
-def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch):
+def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch, capsys):
     made_up_log(tmp_path / "good", 0)
-    for name, text, said in (("none", None, "log.jsonl not found; expected a folder"),
-                             ("empty", "", "is empty; wait"),
+    for name, text, said in (("empty", "", "is empty; wait"),
                              ("cut", '{"step": 5}\n{"step": 1', "line 2 is '{\"step\": 1'"),
-                             ("five", "5", "line 1 is '5', expected json")):
+                             ("five", "5", "line 1 is '5', expected json"),
+                             ("lost", '{"AP": 0.3}', "line 1 is '{\"AP\": 0.3}', expected json"),
+                             ("no", '{"step": 5, "loss": null}', "line 1 is")):
         (tmp_path / name).mkdir()
-        if text is not None:
-            (tmp_path / name / "log.jsonl").write_text(text)
+        (tmp_path / name / "log.jsonl").write_text(text)
         with pytest.raises(SystemExit) as end:
             run_main(monkeypatch, tmp_path / "good", tmp_path / name, "--out", tmp_path / "x.html")
         assert end.value.code.startswith("draw.py: ") and said in end.value.code
         assert "\n" not in end.value.code and not list(tmp_path.glob("x.html*"))
-    with pytest.raises(SystemExit, match="draw.py: .*no/x.html"):
-        run_main(monkeypatch, tmp_path / "good", "--out", tmp_path / "no" / "x.html")
+    with pytest.raises(SystemExit, match="draw.py: .*nowhere/x.html"):
+        run_main(monkeypatch, tmp_path / "good", "--out", tmp_path / "nowhere" / "x.html")
+    with pytest.raises(SystemExit, match="draw.py: .*nowhere/log.jsonl not found; expected a"):
+        run_main(monkeypatch, tmp_path / "nowhere", "--out", tmp_path / "x.html")
+    (tmp_path / "f.html").mkdir()
+    for out in ("best.pt", "f.html"):  # weights would be lost; a folder is no file
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, tmp_path / "good", "--out", tmp_path / out)
+    assert not list(tmp_path.glob("*tmp"))
+    run_main(monkeypatch, tmp_path / "good", tmp_path / "nowhere", "--out", tmp_path / "x.html")
+    assert capsys.readouterr().err.endswith("nowhere has no log.jsonl, left out\n")
 
 
 @pytest.mark.parametrize("evaluated", [(), (12,), (3, 12, 19, 20)])
@@ -290,16 +300,6 @@ def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch
     assert {line["data_wait"] for line in lines} == {0.5}
 
 
-def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
-    args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
-    log = Log(args, 0, 20, 4, 40, ("cls",))
-    log.skip(0, 1, Namespace(sums=[1.0, math.inf]))
-    log.report([])
-    page = Page((tmp_path / "report.html").read_text())
-    assert "Evaluation" not in page.text and not page.images and "svg" not in page.tags
-    assert page.tables[1] == [["step", "skipped", "not_finite"], ["0", "1", "cls"]]
-    log.starts = ["first plan", "plan <2>"]
-    log.evaluation(3, "epoch", 1, {"AP": 0.25, "AR": -1.0, "OKS": 0.5}, best=True)
 def test_the_logged_loss_is_the_steps_own_however_few_scores_and_lines(tmp_path):
     """A step divides by its assigned scores, at least 1; here they are 0.25, the terms' sum 3."""
     for every in (1, 4):
@@ -323,6 +323,16 @@ def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
         draw.say("full", stream)
 
 
+def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
+    args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
+    log = Log(args, 0, 20, 4, 40, ("cls",))
+    log.skip(0, 1, Namespace(sums=[1.0, math.inf]))
+    log.report([])
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Evaluation" not in page.text and not page.images and "svg" not in page.tags
+    assert page.tables[1] == [["step", "skipped", "not_finite"], ["0", "1", "cls"]]
+    log.starts = ["first plan", "plan <2>"]
+    log.evaluation(3, "epoch", 1, {"AP": 0.25, "AR": -1.0, "OKS": 0.5}, best=True)
     log.report([("worst: OKS 0.10", Image.new("RGB", (20, 10), "red"))])
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.index("plan <2>") < page.text.index("An earlier start") < page.text.index(
