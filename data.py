@@ -127,7 +127,11 @@ def faults(coco: dict) -> Iterator[str]:
                 yield f"{what}: id {record['id']} is there twice; remove one"
             seen.add(record["id"])
     named = [category for category in coco["categories"] if category.get("keypoints")]
-    names = named[0]["keypoints"] if len(named) == 1 else None
+    if len(named) > 1:
+        yield (f"{len(named)} categories with keypoints, {str([c['name'] for c in named])[:60]}, "
+               f"expected one; if they name the same, keep one and give all annotations its id as "
+               f"category_id, else keep only one's annotations")
+    names = named[0]["keypoints"] if named else None
     if not (isinstance(names, list) and all(isinstance(n, str) for n in names)
             and len(names) == len(set(names))):
         yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one with "

@@ -495,7 +495,7 @@ def with_category(**changes) -> dict:
      "id 1 is there twice"),
     ({**labels([IMAGE], []), "categories": with_category()["categories"] + [
         {"id": 2, "name": "b", "keypoints": ["x"]}]},
-     r"categories \['person', 'b'\], expected exactly one"),
+     r"2 categories with keypoints, \['person', 'b'\], expected one; if they name the same, keep"),
     (with_category(keypoints=[]), "expected exactly one with keypoint names"),
     (labels([IMAGE], [{**PERSON, "category_id": 2}]), "annotation 7 has category_id 2, expected 1"),
     (labels([IMAGE], [{**PERSON, "iscrowd": "0"}]), "annotation 7 has iscrowd 0, expected 0 or 1"),
