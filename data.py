@@ -831,7 +831,8 @@ def stop_workers() -> None:
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
     """Batches of collate for an iterable of lists of (epoch, index)."""
     atexit.register(stop_workers)  # here: who only imports this file keeps its own processes
-    fork = "fork" if dataset.cache and workers else None  # else each would get a copy of the cache
+    # Forked, as proven; and others would import torch anew each time, and get a copy of the cache.
+    fork = "fork" if workers and (dataset.cache or sys.platform == "linux") else None
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                       multiprocessing_context=fork)
