@@ -35,6 +35,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import sys
 from collections.abc import Iterator
 from numbers import Number
 from typing import NamedTuple
@@ -593,9 +594,11 @@ class Cache:
             times = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
             name = hashlib.sha256(repr((size, files, times, self.sides.tolist())).encode())
             path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
-            with open(path, "ab") as f:
+            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
                 try:
-                    os.posix_fallocate(f.fileno(), 0, total)
+                    if sys.platform == "linux":  # or the disk could be full later: a signal kills
+                        os.posix_fallocate(f.fileno(), 0, total)
+                    f.truncate(total)
                 except OSError as error:
                     os.remove(path)
                     raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None

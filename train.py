@@ -131,7 +131,8 @@ FLAGS = {
         ("image-size", int, None, "side of the padded input, px"),
         ("train-pad", PAD_MODES, "center", "where the border of the square input goes"),
         ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation, as the original has them"),
-        ("cache", ("none", "ram", "disk"), "none", "keep images decoded, in memory or in a file"),
+        ("cache", ("none", "ram", "disk"), "none", "keep images decoded, in memory or in a file "
+         "beside them, on a local disk; what zooms in gets softer"),
         ("workers", int, None, "loader processes; default: cores of the process less 1, at most 8"),
     ],
     "augmentation": [

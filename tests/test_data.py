@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -226,8 +227,9 @@ def test_masks_follow_their_people(shape):
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_a_cache_changes_nothing_and_is_shared(kind, tmp_path):
-    """The same samples from files, while it fills, and from it; two processes fill one array."""
+def test_a_cache_is_shared_and_changes_no_sample_that_it_need_not_shrink(kind, tmp_path,
+                                                                         monkeypatch):
+    """The same from files, while it fills, and from it; two processes fill one array."""
     (tmp_path / "images").mkdir()
     coco = dot_images(tmp_path / "images", ".jpg", count=4)
     annotations, folder = flatten(coco), str(tmp_path / "images")
@@ -249,6 +251,10 @@ def test_a_cache_changes_nothing_and_is_shared(kind, tmp_path):
     assert again.there.all() == (kind == "disk")
     half = data.Cache(annotations, folder, side // 2, kind)
     assert max(half.shrinks) == 2 and not half.there.any()
+    with monkeypatch.context() as mac:
+        mac.setattr(sys, "platform", "darwin")
+        mac.delattr(os, "posix_fallocate")
+        assert len(data.Cache(annotations, folder, side // 4, kind).there) == 4
     os.utime(tmp_path / "images" / str(annotations.files[0]), (1, 1))  # edited
     assert not data.Cache(annotations, folder, side, kind).there.any()
     mended = annotations._replace(sizes=annotations.sizes - [[3, 0]])  # the json's, not the files'
