@@ -547,7 +547,7 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch
     Exits with code 2 and one line of advice if a value cannot work, or if a file to write, named
     by the flags `written`, has no folder.
     """
-    add = p.add_argument
+    add, p.usage = p.add_argument, p.usage or "%(prog)s [flags]"
     add("--weights", required=True, metavar="FILE", help="of train.py, or official")
     add("--model", choices=[*SIZES], help="for an official checkpoint")
     add("--image-size", type=int, help="px; default: the checkpoint's, else 640")
@@ -563,8 +563,11 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch
     for name in ("conf", "iou"):
         if not 0 <= getattr(args, name) <= 1:
             p.error(f"--{name} {getattr(args, name)} must lie in 0 to 1")
+    read = [args.weights, *(path for name, path in vars(args).items() if name.endswith("json"))]
     for path in filter(None, (getattr(args, name) for name in written)):
         check_place(p, path)
+        if os.path.realpath(path) in map(os.path.realpath, filter(None, read)):
+            p.error(f"{path} is read; choose another name for what is written")
     return args
 
 

@@ -1,7 +1,7 @@
 """Find people in images: pictures with their skeletons, and COCO results.
 
     python predict.py --weights runs/train/best.pt photo.jpg "holiday/*.jpg" frames/
-    python predict.py --weights yolo_nas_pose_n.pth --model n photo.jpg --json found.json
+    python predict.py --weights yolo_nas_pose_n.pth --model n photo.jpg --results found.json
 
 Owns which files are meant, and that photos stand upright (EXIF), which COCO's json ignores.
 In Python: predict(*load_model("best.pt"), [Image.open("photo.jpg")]).
@@ -64,29 +64,30 @@ def find_images(sources: list[str]) -> list[str]:
 
 
 def out_names(files: list[str]) -> dict[str, str]:
-    """{file: name of its picture}: a.jpg, and where another is called so a_2.jpg, a_3.jpg, ..."""
+    """{file: name of its picture}: a.jpg, and where another is called so (or A) a_2.jpg, ..."""
     names, taken = {}, {"sheet.jpg"}
     for path in files:
         stem, n = os.path.splitext(os.path.basename(path))[0], 1
-        while (name := f"{stem}_{n}.jpg" if n > 1 else f"{stem}.jpg") in taken:
+        while (name := f"{stem}_{n}.jpg" if n > 1 else f"{stem}.jpg").lower() in taken:
             n += 1
         names[path] = name
-        taken.add(name)
+        taken.add(name.lower())
     return names
 
 
 def parse_args() -> argparse.Namespace:
     """The flags of this file; as evaluate.parse."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                usage="%(prog)s --weights FILE SOURCE ... [flags]")
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")
     p.add_argument("--out", default="runs/predict", metavar="DIR", help="of the pictures, a.jpg; "
                    "of a second file called a, a_2.jpg; default: %(default)s")
-    p.add_argument("--json", metavar="FILE", help="write COCO results, one a person; image_id is "
+    p.add_argument("--results", metavar="FILE", help="write COCO results, one a person; image_id is "
                    "the file's name if all are numbers, else its place, counted from 0; file_name "
                    "is the path as given, category_id 1; keypoints are pixel indices as in COCO, "
                    "0.5 less than predict()'s; box is not")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
-    return parse(p, None, 0.3, 8, "json")
+    return parse(p, None, 0.3, 8, "results")
 
 
 def main() -> None:
@@ -95,11 +96,12 @@ def main() -> None:
     try:
         files = find_images(args.source)
         paths = {f: os.path.join(args.out, name) for f, name in out_names(files).items()}
-        written = [*paths.values(), os.path.join(args.out, "sheet.jpg"), args.json or args.out]
-        clash = {*map(os.path.realpath, files)} & {*map(os.path.realpath, written)}
+        written = [*paths.values(), os.path.join(args.out, "sheet.jpg"), args.results or args.out]
+        written = {os.path.realpath(path).lower() for path in written}  # a.jpg may be A.JPG
+        clash = [f for f in files if os.path.realpath(f).lower() in written]
         if clash:
-            raise ValueError(f"a picture or json would replace {min(clash)}; give another --out or "
-                             f"--json")
+            raise ValueError(f"a picture or json would replace {clash[0]}; give another --out or "
+                             f"--results")
         model, file = load_model(args.weights, args.model, args.image_size, args.pad)
         skeleton = file["skeleton"]
         os.makedirs(args.out, exist_ok=True)
@@ -133,8 +135,8 @@ def main() -> None:
         if done == len(files) or sys.stdout.isatty():
             print(f"{done}/{len(files)} images  {done / (time.monotonic() - start):.1f} img/s",
                   end="\n" if done == len(files) else "\r", flush=True)
-    if args.json:
-        write_text(args.json, json.dumps(results))
+    if args.results:
+        write_text(args.results, json.dumps(results))
     if args.sheet and sheet:
         for picture in sheet:
             picture.thumbnail((480, 480))

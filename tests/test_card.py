@@ -451,6 +451,7 @@ def test_each_way_of_looking_is_the_one_asked_for(small, official_n, run):
     (["--card", "card.htm"], "--card card.htm must end in .html"),
     (["--card", "nowhere/card.html"], "nowhere/card.html is a folder, or in one that is not there"),
     (["--card", "a.html", "--metrics", "a.json"], "choose another name"),
+    (["--metrics", "./w"], "./w is read; choose another name"),
     (["--amp", "fp16"], "choose from")])
 def test_bad_flags_are_refused(flags, complaint, capsys):
     with pytest.raises(SystemExit) as stop:

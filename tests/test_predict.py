@@ -69,7 +69,7 @@ def test_a_turned_photo_shows_the_same_people(weights, tmp_path, monkeypatch, ca
     upright.rotate(turn, expand=True).save(tmp_path / "1.png", exif=exif)
     found = tmp_path / "found.json"
     code, _, _ = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o",
-                      "--json", found, "--conf", "0.1")
+                      "--results", found, "--conf", "0.1")
     assert code == 0
     people = json.loads(found.read_text())
     first, second = ([p["keypoints"] for p in people if p["image_id"] == i] for i in (0, 1))
@@ -83,7 +83,7 @@ def test_a_turned_photo_shows_the_same_people(weights, tmp_path, monkeypatch, ca
 def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
     for i, name in enumerate(("000000000007.png", "000000000003.png")):
         photo(120, 80, i).save(tmp_path / name)
-    call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o", "--json",
+    call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o", "--results",
          tmp_path / "found.json", "--conf", "0.1", "--sheet")
     results = json.loads((tmp_path / "found.json").read_text())
     assert {r["image_id"] for r in results} == {3, 7}
@@ -122,17 +122,21 @@ def test_frames_come_in_order_and_names_do_not_collide(tmp_path, monkeypatch):
     assert list(out_names(["x_2.png", "x.png", "y/x.png"]).values()) == ["x_2.jpg", "x.jpg",
                                                                         "x_3.jpg"]
     assert list(out_names(["sheet.png"]).values()) == ["sheet_2.jpg"]
+    assert list(out_names(["a/X.JPG", "b/x.jpg"]).values()) == ["X.jpg", "x_2.jpg"]  # one on a Mac
 
 
-def test_no_picture_replaces_its_source(weights, tmp_path, monkeypatch, capsys):
-    photo(90, 60).save(tmp_path / "a.jpg")
-    before = (tmp_path / "a.jpg").read_bytes()
+def test_nothing_replaces_what_is_read(weights, tmp_path, monkeypatch, capsys):
+    photo(90, 60).save(tmp_path / "a.JPG")
+    before = (tmp_path / "a.JPG").read_bytes()
     code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path)
-    assert code == 1 and "would replace" in err and (tmp_path / "a.jpg").read_bytes() == before
-    (tmp_path / "a.jpg").rename(tmp_path / "sheet.jpg")
-    for flags in (["--out", tmp_path], ["--json", tmp_path / "sheet.jpg", "--out", tmp_path / "o"]):
+    assert code == 1 and "a.JPG" in err and (tmp_path / "a.JPG").read_bytes() == before
+    (tmp_path / "a.JPG").rename(tmp_path / "sheet.jpg")
+    for flags in (["--out", tmp_path],
+                  ["--results", tmp_path / "sheet.jpg", "--out", tmp_path / "o"]):
         code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, *flags)
         assert code == 1 and "would replace" in err
+    code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--results", weights)
+    assert code == 2 and "is read; choose another name" in err
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_done(weights, tmp_path, monkeypatch, capsys):
@@ -173,7 +177,7 @@ def test_any_mode_and_shape_is_drawn(weights, tmp_path, monkeypatch, capsys, mod
     ([".", "--conf", "2"], 2, "--conf 2.0 must lie in 0 to 1"),
     ([".", "--batch-size", "0"], 2, "--batch-size 0 must be positive"),
     ([".", "--model", "s"], 1, "is of size n, not s"),
-    ([".", "--json", "."], 2, ". is a folder, or in one that is not there"),
+    ([".", "--results", "."], 2, ". is a folder, or in one that is not there"),
 ])
 def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, code, message):
     photo(9, 9).save(tmp_path / "a.png")
