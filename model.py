@@ -526,9 +526,10 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
     """Copy the tensors of a checkpoint that fit by name and shape into the model.
 
     names are the model's keypoints; where the file's (official_names if it has none) are others,
-    the last layers take the rows of those in both, if there are any. Returns the names of tensors
-    under loaded; in part; skipped, for another shape; missing, in the model alone; unused, in the
-    file alone; and keypoints. Raises ValueError as read_weights does, or if nothing fits.
+    the last layers take the rows of those in both, or, if there are none but as many in all, every
+    row by its place. Returns the names of tensors under loaded; in part; skipped, for another
+    shape; missing, in the model alone; unused, in the file alone; and keypoints. Raises ValueError
+    as read_weights does, or if nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
     old_names = file["skeleton"]["names"] if "skeleton" in file else official_names
@@ -542,6 +543,8 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
             "skipped": [n for n in own if n in state and n not in fits],
             "missing": [n for n in own if n not in state],
             "unused": sorted(set(state).difference(own)),
+            "keypoints by place": list(names) if names != old_names and not part
+            and len(names) == len(old_names) else [],
             "new keypoints": [n for n in names if n not in old_names] if part else [],
             "kept keypoints": [n for n in names if n in old_names] if part else []}
 

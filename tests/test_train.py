@@ -177,7 +177,10 @@ def test_weights_of_other_keypoints_are_taken_by_name(small):
     skeleton = Skeleton(["tail", "left_eye"], [0, 1], [], [0.05, 0.05])
     model, _, _, report = make_model(args, skeleton, torch.device("cpu"))
     assert report["new keypoints"] == ["tail"] and report["kept keypoints"] == ["left_eye"]
-    assert not report["skipped"]
+    assert not report["skipped"] and not report["keypoints by place"]
+    other = Skeleton([f"part {i}" for i in range(17)], list(range(17)), [], 17 * [0.05])
+    _, _, _, by_place = make_model(args, other, torch.device("cpu"))
+    assert by_place["keypoints by place"] == other.names and not by_place["new keypoints"]
     file = torch.load(small / "run" / "best.pt", weights_only=True)
     for name in report["in part"]:
         assert torch.equal(model.state_dict()[name][-1], file["model"][name][
