@@ -18,7 +18,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -493,6 +493,21 @@ class Log:
         self.interval = self.ended
 
 
+def doubts(report: dict[str, list], skeleton, args: argparse.Namespace,
+           steps: tuple[int, ...]) -> Iterator[str]:
+    """What print_plan's arguments hold that may be a mistake."""
+    if report and len(report["loaded"]) < 2 * len(report["skipped"]):
+        yield "few tensors of --weights fit: is it of another size? Then give that as --model"
+    if steps[4] > steps[0] and args.sigma_start != 1:
+        yield "the keypoint tolerance stays wide to the end: lower --sigma-epochs"
+    pair = [i != j for i, j in enumerate(skeleton.flip)]
+    alone = [name for name, paired in zip(skeleton.names, pair)
+             if not paired and name.startswith(("left", "right"))]
+    if alone or not any(pair) and len(pair) > 1:
+        what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there a left and a right?"
+        yield f"{what} Name all in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
+
+
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
                train_set, images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
                peak_lr: float, device: str) -> str:
@@ -509,8 +524,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
               for origin in dict.fromkeys(source.values())}
     for origin, values in [*groups.items(), ("augmentation", train_set.augment._asdict().items())]:
         text = ", ".join(f"{name.replace('_', '-')} {x}" for name, x in values if x is not None)
-        lines.append(textwrap.fill(f"{origin:13} {text}", 100, subsequent_indent=14 * " ",
-                                   break_on_hyphens=False))
+        lines += textwrap.wrap(f"{origin:13} {text}" * bool(text), 100, break_on_hyphens=False,
+                               subsequent_indent=14 * " ")
     for name, tensors in report.items():
         some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")
         lines += [f"weights {name} {len(tensors)}{some}"] if tensors else []
@@ -529,9 +544,7 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         f"peak lr       {peak_lr:.2e}{scaled}\n"
         f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
-    if not pairs and len(skeleton.names) > 1:
-        lines.append("check         is there a left and a right? Name them with --flip-pairs "
-                     "A:B,C:D, or mirrored images teach wrong sides")
+    lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, steps)]
     text = "\n".join(lines)
     say(text + "\nETA           measured on the first steps, see below")
     return text

@@ -323,6 +323,27 @@ def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
         draw.say("full", stream)
 
 
+@pytest.mark.parametrize("names, flip, said", [
+    (["nose"], [0], ""), (["a", "b"], [1, 0], ""), (["left_a", "right_a"], [1, 0], ""),
+    (["a", "b"], [0, 1], "is there a left and a right?"),
+    (["left_a", "right_a", "finL", "finR"], [0, 1, 3, 2], "left_a, right_a: in no pair.")])
+def test_a_plan_doubts_sides_without_a_twin(names, flip, said):
+    skeleton = Namespace(names=names, flip=flip)
+    found = list(draw.doubts({}, skeleton, Namespace(sigma_start=8.0), (9, 0, 9, 0, 9)))
+    assert len(found) == bool(said) and "".join(found).startswith(said)
+
+
+def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide():
+    skeleton, args = Namespace(names=["nose"], flip=[0]), Namespace(sigma_start=8.0)
+    fits = {"loaded": 874 * ["a"], "skipped": 12 * ["b"]}
+    of_s = {"loaded": 215 * ["a"], "skipped": 671 * ["b"]}
+    of_l = {"loaded": 576 * ["a"], "skipped": 377 * ["b"]}  # into M
+    assert not list(draw.doubts(fits, skeleton, args, (9, 0, 9, 0, 9)))
+    for report in (of_s, of_l):
+        assert "another size" in "".join(draw.doubts(report, skeleton, args, (9, 0, 9, 0, 9)))
+    assert "--sigma-epochs" in "".join(draw.doubts({}, skeleton, args, (9, 0, 9, 0, 10)))
+
+
 def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
     args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
     log = Log(args, 0, 20, 4, 40, ("cls",))
