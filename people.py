@@ -6,6 +6,7 @@ Polygons  (color, points), back to front; a mask says 0 background, i = 1, 2, ..
 import argparse
 import json
 import os
+import sys
 import tempfile
 
 import numpy as np
@@ -186,11 +187,14 @@ def main() -> None:
     for name, value in (("train", 2000), ("val", 200), ("side", 128), ("seed", 0)):
         p.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     args = p.parse_args()
-    if os.path.exists(args.root):
-        p.error(f"{args.root} exists; give another name")
+    if os.path.exists(args.root) or not args.root:
+        p.error(f"{args.root!r} exists, or is no name; give another")
     if min(args.train, args.val, args.seed + 1) < 1 or args.side < 16:
         p.error("expected at least 1 image to train on and 1 to evaluate, of 16 px or more")
-    draw_dataset(**vars(args))
+    try:
+        draw_dataset(**vars(args))
+    except OSError as error:
+        sys.exit(f"people.py: {error}")
 
 
 if __name__ == "__main__":

@@ -264,6 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             check(name, value <= 1 or name not in SHARES, "must lie in 0 to 1")
             check(name, value < 1 or "momentum" not in name, "must be less than 1")
             check(name, value < math.inf or name in ("clip_norm", "max_lr"), "must be finite")
+    check("out", args.out != "", "must name a folder")
     size = args.image_size or 32
     check("image_size", size % 32 == 0, "must be a multiple of 32, the largest stride")
     if args.dry_run and args.resume:

@@ -149,11 +149,15 @@ def test_the_command_draws_as_many_as_asked_for(tmp_path, monkeypatch, capsys):
     people.main()
     assert [len(os.listdir(root / name)) for name in ("train2017", "val2017")] == [3, 200]
     assert Image.open(root / "train2017" / "000001.jpg").size == (32, 32)
-    for flags, said in (([root], "exists; give another"), (["--val", 0, root / "a"], "at least 1")):
+    for flags, said in (([root], "exists, or is no name; give another"), ([""], "'' exists, or is"),
+                        (["--val", 0, root / "a"], "at least 1")):
         monkeypatch.setattr("sys.argv", ["people.py", *map(str, flags)])
         with pytest.raises(SystemExit, match="2"):
             people.main()
         assert said in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["people.py", str(root / "train2017" / "000001.jpg" / "a")])
+    with pytest.raises(SystemExit, match="people.py: .*000001.jpg"):
+        people.main()
     assert os.listdir(tmp_path) == ["tiny"]
 
 

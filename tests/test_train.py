@@ -203,6 +203,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
 @pytest.mark.parametrize("flags, code, message", [
     (["--image-size", "100"], 2, "--image-size 100 must be a multiple of 32"),
     (["--batch-size", "0"], 2, "--batch-size 0 must be positive"),
+    (["--out", ""], 2, "--out  must name a folder"),
     (["--model", "x"], 2, "invalid choice"),
     (["--train-json", "a.json"], 2, "--train-images is missing"),
     (["--data", "/nowhere"], 1, "no folder /nowhere/train2017"),
