@@ -21,6 +21,7 @@ from reference import LOSS_INPUT, committed, full, image
 SIGMAS = torch.tensor([.026, .025, .025, .035, .035, .079, .079, .072, .072, .062, .062, .107, .107,
                        .087, .087, .089, .089], dtype=torch.float64)
 RECIPES = {"recipe_ns": LossWeights(), "recipe_ml": LossWeights(dfl=0.5, pose_reg=10.0)}
+CHANGED = "cls, iou, dfl, pose_cls, pose_reg, their sum: one that you changed differs, rightly"
 MODES = pytest.mark.parametrize("reference", [True, False], ids=["reference", "ours"])
 
 
@@ -94,7 +95,8 @@ def test_terms_and_gradients_of_n_are_the_references(model_n):
     names, parameters = zip(*sorted(model.named_parameters()))
     for recipe, weights in RECIPES.items():
         terms = reference_terms(raw, targets, weights)
-        np.testing.assert_allclose(terms.detach(), dump[f"{recipe}/components"], rtol=1e-6)
+        np.testing.assert_allclose(terms.detach(), dump[f"{recipe}/components"], rtol=1e-6,
+                                   err_msg=CHANGED)
         gradients = torch.autograd.grad(terms[-1], parameters, retain_graph=True)
         for name, gradient, want in zip(names, gradients, dump[f"{recipe}/grad_norms"]):
             assert gradient.norm().item() == pytest.approx(want, rel=1e-6, abs=1e-9), name
@@ -110,7 +112,8 @@ def test_terms_and_gradients_of_raw_tensors_are_the_references(recipe):
     offsets = (xy - (centers - strides / 2)[:, None]) / strides[:, None]
     raw = RawOutput(cls[..., 0], box.reshape(3, -1, 4, BINS), offsets, kpt, centers, strides)
     terms = reference_terms(raw, padded(dump, 3), RECIPES[recipe])
-    np.testing.assert_allclose(terms.detach(), dump[f"{recipe}_f64/components"], rtol=1e-6)
+    np.testing.assert_allclose(terms.detach(), dump[f"{recipe}_f64/components"], rtol=1e-6,
+                               err_msg=CHANGED)
     gradients = torch.autograd.grad(terms[-1], leaves)
     for name, g in zip(("cls", "distri", "pose", "pose_logits"), gradients):
         np.testing.assert_allclose(g.norm(), dump[f"{recipe}_f64/grad_{name}_norm"], rtol=1e-6)

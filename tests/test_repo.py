@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 921, "model": 588, "loss": 320, "data": 833, "schedule": 294, "evaluate": 647,
-         "draw": 533, "people": 197, "predict": 150, "export": 267}
+LINES = {"train": 924, "model": 591, "loss": 320, "data": 841, "schedule": 294, "evaluate": 650,
+         "draw": 572, "people": 201, "predict": 152, "export": 267}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
               "evaluate": {"model", "data", "draw"}}
@@ -34,6 +34,7 @@ def test_imports_form_a_tree_of_known_packages(name):
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_and_functions_can_be_read(name):
     text = (ROOT / f"{name}.py").read_text().splitlines()
+    assert name in LINES, "a new file: add it to LINES, and to MAY_IMPORT what it may import"
     assert len(text) <= LINES[name], f"{len(text)} lines; if they must be, raise LINES[{name!r}]"
     assert max(map(len, text)) <= 100
     for node in ast.walk(FILES[name]):
