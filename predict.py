@@ -1,7 +1,7 @@
 """Find people in images: pictures with their skeletons, and COCO results.
 
     python predict.py --weights runs/train/best.pt photo.jpg "holiday/*.jpg" frames/
-    python predict.py --weights yolo_nas_pose_n.pth --model n photo.jpg --results found.json
+    python predict.py --weights yolo_nas_pose_n.pth --model n a.jpg --results found.json
 
 Owns which files are meant, and that photos stand upright (EXIF), which COCO's json ignores.
 In Python: predict(*load_model("best.pt"), [Image.open("photo.jpg")]).
@@ -82,10 +82,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")
     p.add_argument("--out", default="runs/predict", metavar="DIR", help="of the pictures, a.jpg; "
                    "of a second file called a, a_2.jpg; default: %(default)s")
-    p.add_argument("--results", metavar="FILE", help="write COCO results, one a person; image_id is "
-                   "the file's name if all are numbers, else its place, counted from 0; file_name "
-                   "is the path as given, category_id 1; keypoints are pixel indices as in COCO, "
-                   "0.5 less than predict()'s; box is not")
+    p.add_argument("--results", metavar="FILE", help="write COCO results, one a person; image_id "
+                   "is the file's name if all are numbers, else its place, counted from 0; "
+                   "file_name is the path as given, category_id 1; keypoints are pixel indices as "
+                   "in COCO, 0.5 less than predict()'s; box is not")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
     return parse(p, None, 0.3, 8, "results")
 

@@ -574,6 +574,7 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, images: 
     except (RuntimeError, ValueError) as error:
         sys.exit(f"train.py: the run in {out} has another network or loss; go on with the code "
                  f"that began it: {str(error).splitlines()[-1].strip()}")
+    saved.clear()  # as large as model, average and optimizer
 
 
 def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> int:
@@ -814,7 +815,6 @@ def main() -> None:
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
         take_up(saved, at, parts, args.out, images)
-        saved = None  # as large as model, average and optimizer
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
