@@ -534,18 +534,23 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     return CocoPose(annotations, folder, skeleton, file["image_size"], file["pad"]), labels
 
 
-def check_place(p: argparse.ArgumentParser, path: str) -> None:
-    """Exit with code 2 and one line if `path` cannot become a file."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        p.error(f"{path} is a folder, or in one that is not there; expected the name of a file")
+def check_places(p: argparse.ArgumentParser, written: list, read: list) -> None:
+    """Exit with code 2 and one line if one of `written` cannot become a file, or is written twice,
+    or is one of `read`. None stands for no path."""
+    taken = {os.path.realpath(path) for path in read if path}
+    for path in filter(None, written):
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+            p.error(f"{path} is a folder, or in one that is not there; expected the name of a file")
+        if os.path.realpath(path) in taken:
+            p.error(f"{path} is read, or written twice; choose another name to write to")
+        taken.add(os.path.realpath(path))
 
 
-def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch_size: int,
-          *written: str) -> argparse.Namespace:
+def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float,
+          batch_size: int) -> argparse.Namespace:
     """Read the command line: p's flags and, with these defaults, those that predict.py shares.
 
-    Exits with code 2 and one line of advice if a value cannot work, or if a file to write, named
-    by the flags `written`, has no folder.
+    Exits with code 2 and one line of advice if a value cannot work.
     """
     add, p.usage = p.add_argument, p.usage or "%(prog)s [flags]"
     add("--weights", required=True, metavar="FILE", help="of train.py, or official")
@@ -563,11 +568,6 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float, batch
     for name in ("conf", "iou"):
         if not 0 <= getattr(args, name) <= 1:
             p.error(f"--{name} {getattr(args, name)} must lie in 0 to 1")
-    read = [args.weights, *(path for name, path in vars(args).items() if name.endswith("json"))]
-    for path in filter(None, (getattr(args, name) for name in written)):
-        check_place(p, path)
-        if os.path.realpath(path) in map(os.path.realpath, filter(None, read)):
-            p.error(f"{path} is read; choose another name for what is written")
     return args
 
 
@@ -587,17 +587,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results", metavar="FILE", help="write the detections as COCO results")
     add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
         "detections, and why AP is what it is; its numbers as FILE.json")
-    args = parse(p, argv, 0.01, 16, "metrics", "results", "card")
+    args = parse(p, argv, 0.01, 16)
     if args.workers < 0:
         p.error(f"--workers {args.workers} must be 0 or more")
     if bool(args.json) != bool(args.images) or bool(args.data) == bool(args.json):
         p.error("give --data DIR, or --json FILE and --images DIR")
     if args.card and not args.card.endswith(".html"):
         p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")
-    if args.card:
-        check_place(p, args.card[:-4] + "json")
-    if args.card and args.card[:-4] + "json" in (args.metrics, args.results):
-        p.error(f"--card writes its numbers to {args.card[:-4]}json; choose another name")
+    labels = args.json or f"{args.data}/annotations/person_keypoints_{args.split}.json"
+    numbers = args.card and args.card[:-4] + "json"
+    check_places(p, [args.metrics, args.results, args.card, numbers], [args.weights, labels])
     return args
 
 

@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import BODY_SHARE_OF_BOX, CocoPose, collate, find_split
-from evaluate import (detect, keypoint_ap, load_model, open_split, parse, quiet_coco, seconds,
-                      select, val_batches)
+from evaluate import (check_places, detect, keypoint_ap, load_model, open_split, parse, quiet_coco,
+                      seconds, select, val_batches)
 from model import Decoded, decode
 
 LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
@@ -197,7 +197,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-split", default="train2017", help="ranges of int8; default: %(default)s")
     for name in ("json", "images", "train-json", "train-images"):
         add(f"--{name}", metavar="DIR" if "images" in name else "FILE", help="instead of --data")
-    args = parse(p, None, 0.01, 16, "out")
+    args = parse(p, None, 0.01, 16)
     given = [bool(x) for x in (args.json, args.images, args.train_json, args.train_images)]
     if any(given) and (args.data or not all(given[:4 if args.int8 else 2])):
         p.error("give --data, or --json and --images, with --int8 --train-json and --train-images")
@@ -212,6 +212,7 @@ def parse_args() -> argparse.Namespace:
     args.out = args.out or f"{stem}.{args.format}"
     if not args.out.endswith("." + args.format):
         p.error(f"--out {args.out} must end with .{args.format}")
+    check_places(p, [args.out], [args.weights, args.json, args.train_json])
     return args
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from data import UNREADABLE, fit_image, to_rgb
 from draw import contact_sheet, draw_people, write_text
-from evaluate import load_model, look, parse, people_in, to_coco
+from evaluate import check_places, load_model, look, parse, people_in, to_coco
 
 
 def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float = 0.3,
@@ -87,7 +87,9 @@ def parse_args() -> argparse.Namespace:
                    "file_name is the path as given, category_id 1; keypoints are pixel indices as "
                    "in COCO, 0.5 less than predict()'s; box is not")
     p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
-    return parse(p, None, 0.3, 8, "results")
+    args = parse(p, None, 0.3, 8)
+    check_places(p, [args.results], [args.weights])
+    return args
 
 
 def main() -> None:
@@ -100,8 +102,8 @@ def main() -> None:
         written = {os.path.realpath(path).lower() for path in written}  # a.jpg may be A.JPG
         clash = [f for f in files if os.path.realpath(f).lower() in written]
         if clash:
-            raise ValueError(f"a picture or json would replace {clash[0]}; give another --out or "
-                             f"--results")
+            raise ValueError(f"a picture or json could replace {clash[0]} (where a is A); give "
+                             f"another --out or --results")
         model, file = load_model(args.weights, args.model, args.image_size, args.pad)
         skeleton = file["skeleton"]
         os.makedirs(args.out, exist_ok=True)

@@ -450,10 +450,22 @@ def test_each_way_of_looking_is_the_one_asked_for(small, official_n, run):
 @pytest.mark.parametrize("flags,complaint", [
     (["--card", "card.htm"], "--card card.htm must end in .html"),
     (["--card", "nowhere/card.html"], "nowhere/card.html is a folder, or in one that is not there"),
-    (["--card", "a.html", "--metrics", "a.json"], "choose another name"),
-    (["--metrics", "./w"], "./w is read; choose another name"),
+    (["--card", "a.html", "--metrics", "./a.json"], "a.json is read, or written twice"),
+    (["--metrics", "./w"], "./w is read, or written twice"),
+    (["--metrics", "a", "--results", "./a"], "./a is read, or written twice"),
     (["--amp", "fp16"], "choose from")])
 def test_bad_flags_are_refused(flags, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(["--data", "d", "--weights", "w", *flags])
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--json", "x/l.json", "--images", "x"], ["--data", "x"]])
+def test_labels_that_are_read_are_not_written_over(flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x" / "annotations").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    labels = "x/l" if "--json" in flags else "x/annotations/person_keypoints_val2017"
+    for written in (["--metrics", f"./{labels}.json"], ["--card", f"{labels}.html"]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.parse_args([*flags, "--weights", "w", *written])
+        assert f"{labels}.json is read" in capsys.readouterr().err
