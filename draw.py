@@ -279,7 +279,7 @@ def read_log(folder: str) -> list[dict]:
         for number, text in enumerate(f, 1):
             try:
                 lines.append(dict(json.loads(text)))
-                lines[-1]["step"] + lines[-1].get("loss", 0)  # numbers, or an error
+                lines[-1]["step"] + lines[-1].get("loss", 0) + 0  # numbers?
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path}: line {number} is {text[:40].strip()!r}, expected json "
                                  f"with a step; remove it if it was cut off") from None
@@ -405,7 +405,8 @@ class Log:
         self.total_steps, self.global_batch, self.images = total_steps, global_batch, images
         self.last = total_steps if args.dry_run else min(total_steps, args.max_steps or total_steps)
         self.marks = (5, args.max_steps if args.dry_run else total_steps)  # report these steps, too
-        self.sums, self.steps = [0.0] * (1 + len(terms)), 0  # since the last line
+        # Since the last line: scores, terms, and what the steps divided by, scores but at least 1.
+        self.sums, self.steps = [0.0] * (2 + len(terms)), 0
         self.taken, self.waited = 0, 0.0  # by this process alone, as all times
         self.interval = self.ended = time.monotonic()  # the last line's time, the last step's
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
@@ -449,7 +450,7 @@ class Log:
         if self.figures:
             self.report([])
         state = ("stopped early (--patience)" if stopper.over(evaluated) else
-                 "done" if step >= self.total_steps and evaluated == last else "stopped")
+                 "done" if step >= self.total_steps and evaluated >= last else "stopped")
         best, epoch = stopper.best, stopper.best_epoch
         ap = f"best AP {best:.4f}" if best > 0 else f"AP under 0.001, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
@@ -468,14 +469,14 @@ class Log:
 
     def step(self, step: int, result, lr: float, memory: float) -> None:
         """Take in a train.Step; every --log-every steps, and at self.marks, report. memory: GB"""
-        self.sums = [a + b for a, b in zip(self.sums, result.sums)]
+        new = [*result.sums, max(result.sums[0], 1.0)]
+        self.sums = [a + b for a, b in zip(self.sums, new)]
         self.steps, self.taken = self.steps + 1, self.taken + 1
         self.waited, self.ended = self.waited + result.waited, time.monotonic()
         if not self.speaks or (step % self.every and step not in self.marks):
             return
         seconds = self.ended - self.interval
-        score_sum, *sums = self.sums
-        share = max(score_sum, self.steps)  # a step's gradient is divided by 1 at least
+        score_sum, *sums, share = self.sums
         terms = {name: term / share for name, term in zip(self.terms, sums)}
         epoch, loss = round(step * self.global_batch / self.images, 3), sum(terms.values())
         rate, waited = self.taken * self.global_batch / seconds, self.waited / seconds
@@ -558,7 +559,7 @@ def main() -> None:
     if not args.out.endswith(".html"):
         p.error(f"--out {args.out} must end in .html")
     begun = [run for run in args.runs if os.path.isfile(os.path.join(run, "log.jsonl"))]
-    for run in set(args.runs).difference(begun) if begun else ():
+    for run in [run for run in args.runs if run not in begun] if begun else ():
         print(f"{run} has no log.jsonl, left out", file=sys.stderr)
     try:
         runs = {run: read_log(run) for run in begun or args.runs}

@@ -260,7 +260,8 @@ def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch, capsys):
                              ("cut", '{"step": 5}\n{"step": 1', "line 2 is '{\"step\": 1'"),
                              ("five", "5", "line 1 is '5', expected json"),
                              ("lost", '{"AP": 0.3}', "line 1 is '{\"AP\": 0.3}', expected json"),
-                             ("no", '{"step": 5, "loss": null}', "line 1 is")):
+                             ("no", '{"step": 5, "loss": null}', "line 1 is"),
+                             ("text", '{"step": "5", "loss": "1"}', "line 1 is")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text(text)
         with pytest.raises(SystemExit) as end:
@@ -301,15 +302,20 @@ def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch
 
 
 def test_the_logged_loss_is_the_steps_own_however_few_scores_and_lines(tmp_path):
-    """A step divides by its assigned scores, at least 1; here they are 0.25, the terms' sum 3."""
+    """A step divides by its assigned scores, at least 1: 0.25 and 2 in turn, the terms' sum 3."""
     for every in (1, 4):
         (tmp_path / str(every)).mkdir()
         log = Log(Namespace(out=str(tmp_path / str(every)), dry_run=False, log_every=every,
                             max_steps=None), 0, 12, 4, 40, ("cls", "iou"))
         for step in range(1, 13):
-            log.step(step, Namespace(sums=[0.25, 1.0, 2.0], waited=0, norm=1.0), 0.1, 1.0)
+            scores = 2.0 if step % 2 else 0.25
+            log.step(step, Namespace(sums=[scores, 1.0, 2.0], waited=0, norm=1.0), 0.1, 1.0)
         lines = draw.read_log(str(tmp_path / str(every)))
-        assert {(line["loss"], line["cls"], line["scores"]) for line in lines} == {(3, 1, 0.0625)}
+        if every == 1:
+            assert [line["loss"] for line in lines[:2]] == [1.5, 3]
+        else:  # 6 / (2 + 1); steps 1 to 4, 5, 6 to 8, 9 to 12
+            assert [line["loss"] for line in lines] == [2, 1.5, 9 / 4, 2]
+            assert lines[0]["scores"] == 4.5 / 4 / 4
 
 
 def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
@@ -368,6 +374,13 @@ def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):
     last = Page((tmp_path / "report.html").read_text())
     assert last.images == page.images and last.tables[0][1][-1] == "2"
     assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "report.html"}
+
+
+def test_a_finished_run_that_is_given_fewer_epochs_is_done(tmp_path, capsys):
+    args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
+    for evaluated, state in ((1, "stopped at step 9 of 5"), (2, "done"), (3, "done")):
+        Log(args, 0, 5, 4, 40, ("cls",)).end(9, evaluated, 2, EarlyStopping(9), str(tmp_path))
+        assert capsys.readouterr().out.startswith(state)
 
 
 def test_the_oks_that_ranks_images_is_the_metrics():
