@@ -117,12 +117,12 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
     quality = pairwise_iou(gt_boxes, boxes).mul_(similarity.clamp_(min=oks_floor))   # (B, M, A)
     allowed = inside(centers, gt_boxes) & people[..., None]                       # (B, M, A)
     # 2
-    eps, relative, takers = EPS, quality, people[..., None]
-    if oks_floor > 0:
-        eps, takers = torch.finfo(quality.dtype).tiny, allowed
-        relative = quality * allowed                                              # (B, M, A)
+    ours = oks_floor > 0
+    takers, eps = (allowed, torch.finfo(quality.dtype).tiny) if ours else (people[..., None], EPS)
+    relative = quality * takers                                                   # (B, M, A)
+    if ours:
         relative /= relative.amax(2, keepdim=True).clamp(min=eps)
-    metric = relative.pow(beta).mul_(scores[:, None].pow(alpha))                  # (B, M, A)
+    metric = relative.pow_(beta).mul_(scores[:, None].pow(alpha))                 # (B, M, A)
     # 3
     best = (metric * allowed).topk(min(topk, metric.shape[2]), dim=2).indices     # (B, M, topk)
     wanted = torch.zeros_like(allowed).scatter_(2, best, True) & allowed          # (B, M, A)
