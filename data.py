@@ -125,7 +125,8 @@ def faults(coco: dict) -> Iterator[str]:
                     yield (f"{what}: {key} {str(value)[:40]} of image {record['id']}, expected 1 "
                            f"to 100000 px; mend its record")
             if record["id"] in seen:
-                yield f"{what}: id {record['id']} is there twice; remove one"
+                yield (f"{what}: id {record['id']} is there twice; remove the copy, or give other "
+                       f"ids to what was merged")
             seen.add(record["id"])
     named = [category for category in coco["categories"] if category.get("keypoints")]
     if len(named) > 1:
@@ -136,8 +137,8 @@ def faults(coco: dict) -> Iterator[str]:
     if not (isinstance(names, list) and all(isinstance(n, str) for n in names)
             and len(names) == len(set(names))):
         yield (f"categories {[c['name'] for c in coco['categories']]}, expected exactly one with "
-               f"keypoint names, different texts (found {str(names)[:60]}); of COCO's files use "
-               f"person_keypoints_*.json, not instances_*.json")
+               f"keypoint names, different texts (found {str(names)[:60]}); add them as its "
+               f"\"keypoints\", or use person_keypoints_*.json, not COCO's instances_*.json")
     images = {image["id"] for image in coco["images"]}
     for ann in coco["annotations"]:
         wrong = wrong_with(ann, images, named[0])
@@ -166,10 +167,13 @@ def wrong_with(ann: dict, images: set[int], category: dict) -> str:
         if not (math.isfinite(sum(bbox) + sum(keypoints) + (ann.get("area") or 0))
                 and max(map(abs, [*bbox, *keypoints])) < 1e9
                 and len(bbox) == 4 and min(bbox[2:]) >= 0):
-            return (f"bbox {bbox}, expected finite numbers everywhere, 4 of them: x, y and a size "
+            return (f"bbox {bbox}, area {ann.get('area')}, and keypoints; expected finite numbers "
+                    f"everywhere (0, 0, 0 for a keypoint that lacks), in bbox 4: x, y, and a size "
                     f"that is not negative")
         if not {0, 1, 2}.issuperset(keypoints[2::3]):
-            return f"visibilities {keypoints[2::3]}, expected 0, 1 or 2"
+            return f"visibility {min({*keypoints[2::3]} - {0, 1, 2})}, expected 0, 1 or 2"
+        if any(keypoints[2::3]) and not bbox[2] * bbox[3]:
+            return f"labeled keypoints, but bbox {bbox}, expected one around the body"
         if ann.get("iscrowd") not in (None, 0, 1):
             return f"iscrowd {str(ann['iscrowd'])[:40]}, expected 0 or 1"
     except (TypeError, OverflowError):
@@ -279,8 +283,8 @@ def check_files(files: np.ndarray, folder: str) -> None:
     for name in files.tolist():
         if name not in listed and not os.path.isfile(os.path.join(folder, name)):
             raise FileNotFoundError(f"{os.path.join(folder, name)} not found, but the json names "
-                                    f"{name}; get it, remove its record, or give the folder from "
-                                    f"which names count")
+                                    f"{name}; get it, mend or remove its record, or give the "
+                                    f"folder from which names count")
 
 
 def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list) -> np.ndarray:
@@ -323,6 +327,8 @@ def describe(dataset: "CocoPose") -> list[str]:
               "boxes beyond their image (bbox is x, y, width, height)": image[over],
               "people with a keypoint outside the image, taken for not labeled": image[
                   outside.any(1)],
+              "people with a labeled keypoint at 0, 0: is it missing, with v 0?": image[
+                  (labeled & (xy == 0.5).all(-1)).any(1)],
               "images turned by their EXIF tag, which training ignores, as COCO does: labels must "
               "fit the file as stored": turned,
               "people whose left and right may be exchanged": image[
@@ -371,7 +377,7 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     if not isinstance(edges, list) or not all(isinstance(edge, list) and len(edge) == 2 and all(
             isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):
         raise ValueError(f"skeleton {str(edges)[:60]} of the json's category, expected pairs of "
-                         f"keypoints, counted from 1 to {len(names)}; mend it or leave it out")
+                         f"keypoints, counted from 1 to {len(names)}; mend it, or set it to []")
     return Skeleton(names, flip, [[a - 1, b - 1] for a, b in edges], [float(s) for s in sigmas])
 
 
@@ -596,11 +602,13 @@ class Cache:
             path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
             with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
                 try:
-                    if sys.platform == "linux":  # or the disk could be full later: a signal kills
+                    have = os.fstat(f.fileno()).st_size
+                    if sys.platform == "linux" and have < total:  # or a signal kills, once it fills
                         os.posix_fallocate(f.fileno(), 0, total)
                     f.truncate(total)
                 except OSError as error:
-                    os.remove(path)
+                    if os.path.exists(path):  # another process may have been here
+                        os.remove(path)
                     raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None
             array = np.memmap(path, np.uint8, "r+")
         self.pixels, self.there = np.split(array, self.offsets[-1:])
