@@ -402,7 +402,8 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         changes |= {"affine": 1.0, "scale": (1 - args.scale, 1 + args.scale)}
     changes["last_mosaic"] = args.epochs - args.close_mosaic
     augment = AUGMENTS[args.augment]._replace(**changes)
-    caches = [None if args.cache == "none" else Cache(a, folder, args.image_size, args.cache)
+    cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)
+    caches = [Cache(a, folder, args.image_size, args.cache) if cached else None
               for a, folder, *_ in sets]
     train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference",
                          caches[0], spare=10)

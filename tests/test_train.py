@@ -371,7 +371,7 @@ def test_every_flag_has_a_default_and_is_of_its_kind():
 def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small, monkeypatch, capsys):
     said, _ = here(monkeypatch, capsys, train, "--data", small / "people", "--out", small / "dry",
                    "--dry-run", "--image-size", "64", "--batch-size", "4", "--epochs", "30",
-                   "--warmup", "3e")
+                   "--warmup", "3e", "--cache", "disk")
     for part in ("labeled       nose 100%", "box sides", "step 20/75", "img/s", "ETA"):
         assert part in said
     assert "  AP " not in said  # 20 steps complete 8 epochs
@@ -400,6 +400,7 @@ def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_pat
     assert torch.load(tmp_path / "epoch_2.pt", weights_only=True)["step"] == 5
     model, _ = load_model(str(tmp_path / "average.pt"))
     assert not model.training
+    assert not list((small / "people").glob("*.cache"))
 
 
 def test_a_run_in_a_used_folder_begins_its_own_log_and_keeps_to_its_images(small, tmp_path,
