@@ -107,10 +107,10 @@ def factors(text: str) -> dict[str, float]:
 
 def epochs_of(text: str) -> dict[str, int]:
     """Flag values like backbone:-1,bn: {part: epochs}, 0 for always."""
-    found = dict((item + ":0").split(":")[:2] for item in text.split(","))
+    found = {part: int(n or 0) for part, _, n in (item.partition(":") for item in text.split(","))}
     if not found.keys() <= {"backbone", "neck", "bn"} or len(found) < len(text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, bn")
-    return {part: int(epochs) for part, epochs in found.items()}
+    return found
 
 
 # Group: flag, type or choices (bool is a switch), default (None: none, or the recipe's), meaning.
@@ -203,7 +203,8 @@ FLAGS = {
         ("freeze", epochs_of, {}, "backbone, neck or bn (all norms) learn nothing: at first "
          "(backbone:5), at last (backbone:-1), or always; norms in them keep their statistics"),
         ("no-sync-bn", bool, False, "each process norms by its own images"),
-        ("max-skipped", int, 20, "stop after so many steps in a row that are not finite"),
+        ("max-skipped", int, 20, "stop after so many steps in a row that are not finite; fp16 "
+         "looks for its scale in the first ones"),
         ("max-bad", int, 10, "stop after more images that cannot be read; others take their place"),
         ("deterministic", bool, False, "the same bits in every run on a GPU; slower"),
     ],
@@ -257,13 +258,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def check(name: str, fine: bool, expected: str) -> None:
         if not fine:
             p.error(f"--{name.replace('_', '-')} {values[name]} {expected}")
-    for name, value in values.items():
+    for name, value in ((name, x) for name, value in values.items()
+                        for x in (value if isinstance(value, list) else [value])):
         if isinstance(value, int | float):
             check(name, value >= 0, "must be 0 or more")
             check(name, value > 0 or name not in POSITIVE, "must be positive")
             check(name, value <= 1 or name not in SHARES, "must lie in 0 to 1")
             check(name, value < 1 or "momentum" not in name, "must be less than 1")
-            check(name, value < math.inf or name in ("clip_norm", "max_lr"), "must be finite")
+            check(name, value < 2**63 or name in ("clip_norm", "max_lr"), "is too large")
     check("out", args.out != "", "must name a folder")
     size = args.image_size or 32
     check("image_size", size % 32 == 0, "must be a multiple of 32, the largest stride")
@@ -573,8 +575,8 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, images: 
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     except (RuntimeError, ValueError) as error:
-        sys.exit(f"train.py: the run in {out} has another network or loss; go on with the code "
-                 f"that began it: {str(error).splitlines()[-1].strip()}")
+        sys.exit(f"train.py: the run in {out} has another network, loss or optimizer; go on with "
+                 f"the code that began it: {str(error).splitlines()[-1].strip()}")
     saved.clear()  # as large as model, average and optimizer
 
 
@@ -623,7 +625,7 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
         advice = (f"try --batch-size {half}" if args.dry_run else
                   f"go on with {half}, same images a step: --resume --out {shlex.quote(args.out)}")
     say(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
-        f"{advice}", sys.stderr)
+        f"{advice} ({' '.join(str(error).split())[:200]})", sys.stderr)
     if half and args.auto_batch and not (args.dry_run or dist.is_initialized()):
         stop_workers()  # under torchrun, --max-restarts does what follows
         os.execv(sys.executable, [*sys.orig_argv, "--resume"])

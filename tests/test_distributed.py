@@ -517,7 +517,7 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     state = checkpoint(out, "previous.pt")
     state["model"]["new"] = state["model"].pop("heads.head1.cls_pred.bias")
     torch.save(state, out / "last.pt")
-    with pytest.raises(SystemExit, match="has another network or loss; .* key"):
+    with pytest.raises(SystemExit, match="has another network, loss or .* key"):
         run_here(monkeypatch, *resume)
     with open(out / "lock", "w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)

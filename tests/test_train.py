@@ -1,6 +1,7 @@
 """train.py and evaluate.py as a user runs them, on a small drawn set; some in this process, which
 spares them the start of another."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 
 import evaluate
 import train
-from data import MOSAIC_HEAVY, DataError, Skeleton, collate
+from data import COCO_NAMES, MOSAIC_HEAVY, DataError, Skeleton, collate
 from evaluate import load_model
 from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
@@ -22,7 +23,7 @@ from people import draw_dataset
 from predict import predict
 from schedule import epoch_ends, make_optimizer, param_groups
 from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
-                   make_model, mean_of, note_bad, open_data, parse_args, train_step)
+                   make_model, mean_of, note_bad, open_data, out_of_memory, parse_args, train_step)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--image-size", "64", "--batch-size", "4", "--epochs", "3", "--eval-every", "1",
@@ -179,6 +180,8 @@ def test_weights_of_other_keypoints_are_taken_by_name(small):
     assert report["new keypoints"] == ["tail"] and report["kept keypoints"] == ["left_eye"]
     assert not report["skipped"] and not report["keypoints by place"]
     other = Skeleton([f"part {i}" for i in range(17)], list(range(17)), [], 17 * [0.05])
+    _, _, _, same = make_model(args, other._replace(names=COCO_NAMES), torch.device("cpu"))
+    assert not same["keypoints by place"]
     _, _, _, by_place = make_model(args, other, torch.device("cpu"))
     assert by_place["keypoints by place"] == other.names and not by_place["new keypoints"]
     file = torch.load(small / "run" / "best.pt", weights_only=True)
@@ -214,6 +217,9 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--lr-mult", "tail=2"], 2, "tail=2, expected each once: backbone, neck, heads, mask"),
     (["--occlude", "2"], 2, "--occlude 2.0 must lie in 0 to 1"),
     (["--freeze", "bn:1,bn:-1"], 2, "bn:1,bn:-1, expected each once: backbone, neck, bn"),
+    (["--freeze", "bn:1:2"], 2, "invalid epochs_of value: 'bn:1:2'"),
+    (["--schedule", "step", "--lr-steps=3,-1"], 2, "--lr-steps [3.0, -1.0] must be 0 or more"),
+    (["--seed", "9" * 20], 2, "is too large"),
     (["--resume", "--dry-run"], 2, "--resume goes on with a run"),
     (["--distill-weight", "2"], 2, "is of no use without --teacher"),
     (["--lr-steps", "2"], 2, "--lr-steps [2.0] is of no use without --schedule step"),
@@ -352,6 +358,23 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
     assert (args.batch_size, args.accumulate) == batch
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation")])
+def test_want_of_memory_is_known_whoever_says_so(error, tmp_path, monkeypatch, capsys):
+    """By its note, its advice and the error's own words; others go on as they are."""
+    args = parse_args(["--batch-size", "9", "--out", str(tmp_path)])
+    fill_recipe(args)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        out_of_memory(args, error)
+    said = capsys.readouterr().err
+    assert "go on with 4" in said and str(error) in said
+    assert (tmp_path / "out_of_memory").read_text() == "4"
+    with pytest.raises(RuntimeError, match="shape"):
+        out_of_memory(args, RuntimeError("shape '[2]' is invalid"))
+
+
 def test_evaluation_comes_after_the_step_that_completes_an_epoch():
     assert epoch_ends(3, 10, 4) == {3: 1, 5: 2, 8: 3}
     assert epoch_ends(4, 2, 4) == {1: 2, 2: 4}  # two epochs in one step
@@ -377,6 +400,7 @@ def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small, monkey
     assert "  AP " not in said  # 20 steps complete 8 epochs
     assert sorted(p.name for p in (small / "dry").rglob("*")) == [
         "curves.svg", "dry_run", "first_batch.jpg", "lock"]
+    assert not list((small / "people").glob("*.cache"))
 
 
 def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_path, monkeypatch,
@@ -400,7 +424,6 @@ def test_the_best_averages_are_averaged_and_asked_for_epochs_kept(small, tmp_pat
     assert torch.load(tmp_path / "epoch_2.pt", weights_only=True)["step"] == 5
     model, _ = load_model(str(tmp_path / "average.pt"))
     assert not model.training
-    assert not list((small / "people").glob("*.cache"))
 
 
 def test_a_run_in_a_used_folder_begins_its_own_log_and_keeps_to_its_images(small, tmp_path,
