@@ -11,7 +11,6 @@ rounds. On a GPU: wall-clock time after synchronizing.
 import argparse
 import copy
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from data import (MOSAIC, MOSAIC_HEAVY, PLAIN, CocoPose, find_split, flatten, re
                   read_skeleton)
 from evaluate import to_input
 from loss import TERMS, PoseLoss
-from model import YoloNasPose, decode
+from model import SIZES, YoloNasPose, decode
 from people import draw_dataset
 from schedule import EMA, param_groups
 
@@ -193,7 +192,7 @@ def main() -> None:
         found["samples_s"] = loader_rates(args.data, args.image_size, args.rounds)
         for name, rate in found["samples_s"].items():
             print(f"loader, {name:22} {rate:7.1f} samples/s and core")
-    found["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found["memory_gb"] = train.largest_memory(torch.device("cpu"))
     print(f"largest memory {found['memory_gb']:.1f} GB")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))

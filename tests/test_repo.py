@@ -1,5 +1,6 @@
 """The shape of the repository: who imports whom, how long files and functions are, docstrings."""
 import ast
+import builtins
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,23 @@ def test_public_things_have_a_docstring(name):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.stem)
 def test_lines_of_tests_fit_a_screen(path):
     assert max(map(len, path.read_text().splitlines())) <= 100
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]),
+                         ids=lambda path: path.name)
+def test_every_name_comes_from_somewhere_and_every_import_is_used(path):
+    """Also in tests/bench.py and others that no test runs."""
+    tree = list(ast.walk(ast.parse(path.read_text())))
+    imports = {(alias.asname or alias.name).split(".")[0] for node in tree
+               if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    made = {node.name for node in tree
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name}
+    made |= {node.arg for node in tree if isinstance(node, ast.arg)}
+    made |= {node.id for node in tree
+             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    used = {node.id for node in tree if isinstance(node, ast.Name)}
+    assert not used - made - imports - {"__file__", "__name__", "__doc__", *dir(builtins)}
+    assert not imports - used
 
 
 def test_fixtures_stay_small():

@@ -6,6 +6,7 @@ Each run is one epoch of the drawn people at 64 px, 125 steps of 16 images, with
 steps of warmup, at rates that double. A rate is stable if its run reaches at least half the mean
 OKS of the optimizer's best run.
 """
+import argparse
 import json
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def mean_oks(optimizer: str, lr: float, warmup: int, folder: str) -> float:
 
 
 def main() -> None:
-    charts = []
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("picture", type=Path, metavar="FILE.svg")
+    args, charts = p.parse_args(), []
     with tempfile.TemporaryDirectory() as folder:
         for optimizer, rates in RATES.items():
             curves = {f"{name} warmup": [(lr, mean_oks(optimizer, lr, steps, folder))
@@ -47,7 +50,7 @@ def main() -> None:
                   f"{without:g} without: ratio {with_it / without:g}", sep="\n", flush=True)
             charts.append(svg_chart(curves, f"{optimizer}: mean OKS by learning rate", log2_x=True,
                                     width=720, height=300))
-    Path(sys.argv[1]).write_text(svg_column(charts), encoding="utf-8")
+    args.picture.write_text(svg_column(charts), encoding="utf-8")
 
 
 if __name__ == "__main__":
