@@ -575,10 +575,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this file; as parse."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--data", metavar="DIR", help="with annotations/person_keypoints_SPLIT.json and SPLIT/")
+    add("--data", metavar="DIR", help="as of train.py")
     add("--split", default="val2017", help="default: %(default)s")
     add("--json", metavar="FILE", help="labels, with --images instead of --data")
-    add("--images", metavar="DIR")
+    add("--images", metavar="DIR", help="folder of the images that --json names")
     add("--workers", type=int, default=2, help="loader processes; default: %(default)s")
     add("--flip-test", action="store_true", help="see mirror images too, and join; twice as slow")
     add("--amp", choices=["no", "bf16"], default="no", help="autocast; default: %(default)s")

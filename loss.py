@@ -1,7 +1,7 @@
 """Which anchor learns which person, and how wrong it is.
 
-Owns OKS, the task-aligned assigner and the five loss terms. Knows nothing about images, files or
-optimizers: it imports torch alone, so you can read, test and replace it alone.
+Owns OKS, the task-aligned assigner, the five loss terms, a mask's and a teacher's. Knows nothing of
+images, files and optimizers: it imports torch alone, so you can read, test and replace it alone.
 
 Read in this order: oks, assign, PoseLoss.
 
@@ -197,7 +197,7 @@ class LossWeights(NamedTuple):
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Binary cross-entropy of an image's pixels, their mean, summed over images: ().
 
-    logits (B, h, w); mask (B, h, w) says 0 nobody, 1 somebody, 2 a crowd, which does not count.
+    logits (B, h, w); mask (B, h, w) says 0 nobody, 1 somebody, 2 unknown, which does not count.
     """
     wrong = F.binary_cross_entropy_with_logits(logits, (mask == 1).to(logits), reduction="none")
     return (wrong * (mask != 2)).mean((1, 2)).sum()
@@ -231,7 +231,7 @@ class PoseLoss:
         raw      model.RawOutput, after promote()
         decoded  model.Decoded of it
         targets  boxes (B, M, 4) px, without area where there is nobody; keypoints (B, M, K, 3)
-                 px, px, v; crowd (B, M) bool. M >= 1.
+                 px, px, v; crowd (B, M) bool; M >= 1. With a mask branch, mask of mask_loss
         """
         gt_boxes, gt_keypoints, crowd = (targets[name] for name in ("boxes", "keypoints", "crowd"))
         gt_boxes, gt_keypoints = gt_boxes.to(raw.centers), gt_keypoints.to(raw.centers)

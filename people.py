@@ -184,8 +184,9 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("root", metavar="DIR", help="must not exist")
-    for name, value in (("train", 2000), ("val", 200), ("side", 128), ("seed", 0)):
-        p.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    for name, value, text in (("train", 2000, "images to train on"), ("val", 200, "to evaluate"),
+                              ("side", 128, "of an image, px"), ("seed", 0, "of the drawings")):
+        p.add_argument(f"--{name}", type=int, default=value, help=f"{text}; default: {value}")
     args = p.parse_args()
     if os.path.exists(args.root) or not args.root:
         p.error(f"{args.root!r} exists, or is no name; give another")

@@ -1,8 +1,8 @@
 """What changes as training goes on: learning rate, weight average, when to stop.
 
 Owns the schedule, the scaling of the rate with the batch, the optimizer and its groups, EMA and
-EarlyStopping. The rate depends on the step alone, so a resumed run needs none of its state; EMA
-and EarlyStopping do remember, and have a state_dict. Imports only torch.
+EarlyStopping. The rate depends on the step and the warmup's end; what remembers, WarmupEnd and
+EarlyStopping, has a state_dict, and of EMA the model is saved. Imports only torch.
 
 Linear scaling of the rate with the batch   https://arxiv.org/abs/1706.02677
 Cosine decay                                https://arxiv.org/abs/1608.03983

@@ -1,9 +1,9 @@
 """Train YOLO-NAS-Pose.
 
-    python train.py                                             # drawn people, minutes on a CPU
-    python train.py --data coco --model n                       # COCO keypoints, one device
-    torchrun --nproc-per-node 8 train.py --data coco --model n  # eight GPUs
-    python train.py --out runs/coco --resume                    # go on after a stop
+    python train.py                                                # drawn people, minutes on a CPU
+    python train.py --data coco --out runs/coco                    # COCO keypoints, one device
+    torchrun --nproc-per-node 8 train.py --data coco --out runs/8  # eight GPUs
+    python train.py --out runs/coco --resume                       # go on after a stop
 
 Read in this order: RECIPES, FLAGS, main, train_step.
 

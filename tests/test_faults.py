@@ -57,7 +57,7 @@ def random_set(folder: Path, rng: np.random.Generator) -> dict:
             box = rng.normal(0.3, 0.5, 4) * [width, height, width, height]
             box[2:] = np.abs(box[2:]) * rng.integers(0, 2)
             points = np.column_stack([rng.normal(0.5, 0.5, (k, 2)) * [width, height],
-                                      rng.integers(0, 3, k)])
+                                      rng.integers(0, 3, k) * bool(box[2:].all())])
             shape = (rng.random(8) * height).tolist()
             annotations.append({"id": len(annotations), "image_id": i, "bbox": box.tolist(),
                                 "keypoints": points.ravel().tolist(), "segmentation": [shape],
@@ -139,7 +139,6 @@ def spoilt_bytes(good: bytes, rng: np.random.Generator) -> bytes:
 @pytest.fixture(scope="module")
 def small_checkpoint() -> bytes:
     """A file as train.py writes it, but of three tensors."""
-    import io
     file = io.BytesIO()
     state = {name: torch.rand(3, 4) for name in ("a", "b", "heads.head1.pose_pred.bias")}
     torch.save({"format": "nanopose", "args": {"model": "n"}, "model": state, "bad": []}, file)

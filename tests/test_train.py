@@ -248,6 +248,8 @@ def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, monkeypatch, caps
     ("missing", "000001.jpg not found, but the json names 000001.jpg; get it"),
     ("broken", "was the download or export cut off?"),
     ("no bbox", "annotations: bbox is missing in"),
+    ("no json", "person_keypoints_train2017.json not found; expected a COCO keypoint json"),
+    ("nobody", "nobody in it has a labeled keypoint; check the export"),
 ])
 def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypatch, capsys, harm,
                                                        message):
@@ -260,7 +262,11 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
         image.unlink()
     elif harm == "no bbox":
         del labels["annotations"][0]["bbox"]
+    elif harm == "nobody":
+        labels["annotations"] = [{**ann, "iscrowd": 1} for ann in labels["annotations"]]
     path.write_text(json.dumps(labels)[:None if harm != "broken" else 300])
+    if harm == "no json":
+        path.unlink()
     flags = ["--data", root, "--out", tmp_path / "out", *SMALL]
     assert message in refusal(monkeypatch, capsys, flags, 1)
 
