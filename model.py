@@ -473,10 +473,11 @@ def load_file(path: str):
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     """Read a checkpoint, ours or official. Return its state_dict in our convention, and the file.
 
-    Of ours the EMA is taken where there is one. An official file (super-gradients) holds ema_net,
-    net, or is the state_dict itself; it sees BGR and pixel indices, ours RGB and continuous
-    coordinates, half a pixel further: both are moved into the weights here, and placeholders for
-    fused kernels (rbr_reparam) dropped. Raises as load_file does, ValueError for other contents.
+    Of ours the EMA is taken where there is one; a bare state_dict will do, too. An official file
+    (super-gradients), told by its placeholders for fused kernels (rbr_reparam), holds ema_net, net,
+    or is the state_dict itself; it sees BGR and pixel indices, ours RGB and continuous coordinates,
+    half a pixel further: both are moved into the weights here, and the placeholders dropped.
+    Raises as load_file does, ValueError for other contents.
     """
     found = load_file(path)
     file = found if isinstance(found, dict) else {}
@@ -487,9 +488,10 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
                          f"a .pt of train.py or an official .pth")
     if "format" in file:
         return state, file
+    official = any(".rbr_reparam." in name for name in state)
     state = {name.removeprefix("module."): t for name, t in state.items()
              if ".rbr_reparam." not in name}
-    for name, tensor in state.items():
+    for name, tensor in state.items() if official else ():
         if name.startswith("backbone.stem.") and tensor.ndim == 4:
             state[name] = tensor.flip(1)
         elif name.endswith("pose_pred.bias"):  # of heads.head1, 2 or 3

@@ -224,7 +224,9 @@ def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.opti
     """
     if kind == "sgd":
         return torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
-    return torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
+    raise ValueError(f"optimizer {kind!r} unknown; choose adamw or sgd, or add it here")
 
 
 def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:

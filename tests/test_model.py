@@ -192,20 +192,19 @@ def test_the_best_weights_of_a_file_are_loaded(tmp_path, wrap):
     assert report["loaded"] == [BOX_BIAS] and len(report["missing"]) == 885
 
 
-@pytest.mark.parametrize("official", [True, False])
-def test_only_official_weights_are_converted(tmp_path, official):
+@pytest.mark.parametrize("kind", ["official", "ours", "state_dict"])
+def test_only_official_weights_are_converted(tmp_path, kind):
     """BGR becomes RGB in the stem; half a pixel is 0.5 / stride in the pose biases."""
     given = {f"{STEM}.branch_3x3.conv.weight": torch.rand(32, 3, 3, 3),
-             f"{STEM}.branch_1x1.weight": torch.rand(32, 3, 1, 1),
-             f"{STEM}.rbr_reparam.bias": torch.rand(32)}
+             f"{STEM}.branch_1x1.weight": torch.rand(32, 3, 1, 1)}
     given |= {f"heads.head{i}.pose_pred.bias": torch.rand(34) for i in (1, 2, 3)}
-    want = given
-    if official:
+    want, file = given, {"format": "nanopose", "model": given} if kind == "ours" else given
+    if kind == "official":
+        file = {"net": given | {f"{STEM}.rbr_reparam.bias": torch.rand(32)}}
         want = {name: t[:, [2, 1, 0]] for name, t in given.items() if t.ndim == 4}
         for i, stride in ((1, 8), (2, 16), (3, 32)):
             name = f"heads.head{i}.pose_pred.bias"
             want[name] = given[name] + 0.5 / stride
-    file = {"net": given} if official else {"format": "nanopose", "model": given}
     torch.testing.assert_close(read_weights(write(tmp_path, file))[0], want, rtol=0, atol=0)
 
 
