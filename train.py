@@ -401,9 +401,10 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     changes = {name: getattr(args, name) for name in Augment._fields
                if name != "scale" and getattr(args, name, None) is not None}
     if args.scale is not None:
-        changes |= {"affine": 1.0, "scale": (1 - args.scale, 1 + args.scale)}
-    changes["last_mosaic"] = args.epochs - args.close_mosaic
-    augment = AUGMENTS[args.augment]._replace(**changes)
+        changes["scale"] = (1 - args.scale, 1 + args.scale)
+        if not augment.affine:  # no strength with turns and shifts
+            changes |= {"affine": 1.0, "degrees": 0.0, "translate": 0.0}
+    augment = augment._replace(last_mosaic=args.epochs - args.close_mosaic, **changes)
     cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)
     caches = [Cache(a, folder, args.image_size, args.cache) if cached else None
               for a, folder, *_ in sets]

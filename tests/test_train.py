@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 import train
-from data import COCO_NAMES, MOSAIC_HEAVY, DataError, Skeleton, collate
+from data import COCO_NAMES, FLIP, MOSAIC_HEAVY, DataError, Skeleton, collate
 from evaluate import load_model
 from loss import TERMS, PoseLoss
 from model import YoloNasPose, decode
@@ -321,13 +321,18 @@ def test_every_recipe_value_says_where_it_came_from():
                   "l": (8e-5, 192, 24)}
 
 
-def test_augmentation_flags_change_one_number_of_the_strength(small):
-    args = parse_args(["--data", str(small / "people"), "--augment", "heavy", "--scale", "0.9",
+@pytest.mark.parametrize("strength, base", [("heavy", MOSAIC_HEAVY), ("flip", FLIP)])
+def test_augmentation_flags_change_one_number_of_the_strength(small, strength, base):
+    """Where there was no zoom, turn or shift, there is a zoom and nothing else."""
+    args = parse_args(["--data", str(small / "people"), "--augment", strength, "--scale", "0.9",
                        "--mosaic", "0", "--epochs", "20", "--close-mosaic", "5"])
     fill_recipe(args)
     augment = open_data(args, 0)[0].augment
-    assert augment == MOSAIC_HEAVY._replace(mosaic=0.0, affine=1.0, scale=(1 - 0.9, 1 + 0.9),
-                                            last_mosaic=15)
+    assert augment == base._replace(mosaic=0.0, scale=(1 - 0.9, 1 + 0.9), last_mosaic=15,
+                                    affine=augment.affine, degrees=augment.degrees,
+                                    translate=augment.translate)
+    moves = augment.affine, augment.degrees, augment.translate
+    assert moves == ((0.75, 7.0, 0.1) if strength == "heavy" else (1.0, 0.0, 0.0))
 
 
 def test_a_frozen_part_keeps_every_bit_and_thaws():
