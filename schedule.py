@@ -81,6 +81,8 @@ def lr_share(step: int, plan: Plan) -> float:
         return 1.0
     if plan.decay == "step":
         return plan.drop ** sum(step >= drop for drop in plan.drops)
+    if plan.decay != "cosine":
+        raise ValueError(f"schedule {plan.decay!r} unknown; choose cosine, step or flat, or add it")
     t = min((step - plan.warmup) / max(cycle - 1 - plan.warmup, 1), 1.0)
     return plan.final_ratio + (1 - plan.final_ratio) * 0.5 * (1 + math.cos(math.pi * t))
 
@@ -248,13 +250,14 @@ def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float 
 class EMA:
     """A moving average of weights and BatchNorm statistics; `model` is what you evaluate and ship.
 
-    Integer buffers (BatchNorm's counter) are copied.
+    Integer buffers (BatchNorm's counter) are copied. Make it when source is on its device and of
+    its type: it follows these very tensors.
     """
 
     def __init__(self, source: nn.Module, kind: str, decay: float, total_steps: int):
         self.kind, self.decay, self.total_steps = kind, decay, total_steps
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
-        pairs = list(zip(self.model.state_dict().values(), source.state_dict().values()))
+        pairs = list(zip(*([*m.parameters(), *m.buffers()] for m in (self.model, source))))
         self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 

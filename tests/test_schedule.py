@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from model import YoloNasPose
-from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, curves, ema_decay, lr_share, make_plan,
-                      make_scheduler, momentum_at, param_groups, scaled_lr, set_momentum,
-                      sigma_scale, warmup_steps)
+from schedule import (EMA, EarlyStopping, Plan, WarmupEnd, curves, ema_decay, lr_share,
+                      make_optimizer, make_plan, make_scheduler, momentum_at, param_groups,
+                      scaled_lr, set_momentum, sigma_scale, warmup_steps)
 from train import fill_recipe, parse_args
 
 
@@ -198,6 +198,23 @@ def test_ema_decays_are_the_closed_forms():
     assert ema_decay("constant", 0.9, 1, 100) == 0.9
     with pytest.raises(ValueError, match="choose threshold"):
         ema_decay("linear", 0.9, 1, 100)
+
+
+def test_what_is_not_known_is_not_taken_for_something_else():
+    """A row of a table that nobody has written the code for."""
+    with pytest.raises(ValueError, match="'poly' unknown"):
+        lr_share(20, Plan(100, 10, decay="poly"))
+    with pytest.raises(ValueError, match="'lion' unknown"):
+        make_optimizer("lion", [{"params": [torch.ones(1)]}], 0.9)
+
+
+def test_a_tensor_of_two_names_is_averaged_once():
+    shared = nn.Linear(1, 1)
+    ema = EMA(nn.Sequential(shared, shared), "constant", 0.9, 10)
+    before = shared.weight.item()
+    nn.init.constant_(shared.weight, before + 1)
+    ema.update(1)
+    assert ema.model[1].weight.item() == pytest.approx(before + 0.1)
 
 
 def test_ema_by_hand_and_counters_are_copied():
