@@ -878,6 +878,8 @@ def main() -> None:
                                 args, size, tolerance, bool(asked) or orphaned)
         except RuntimeError as error:
             out_of_memory(args, error)
+        # For layers that you add and that draw, like Dropout: a resumed run draws the same.
+        torch.manual_seed(hash((args.seed, at.step + at.skipped, rank)))
         if result.bad:
             note_bad(at.bad, args.max_bad, result.errors, rank)
         if result.finite:

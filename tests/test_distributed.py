@@ -65,7 +65,7 @@ def end(run: subprocess.Popen, code: int = 0) -> str:
 def run_here(monkeypatch, *flags, patch: str = "") -> None:
     """The same in this process, one that has imported all; patches of t.to_input are taken back."""
     monkeypatch.setattr(t, "to_input", t.to_input)
-    exec(patch, {"t": t, "os": os})
+    exec(patch, {"t": t, "os": os, "torch": torch})
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     t.main()
 
@@ -289,6 +289,10 @@ def call(self, *a):
     return terms, scores
 t.PoseLoss.__call__ = call
 """
+DROPOUT = """
+from evaluate import to_input
+t.to_input = lambda images, model: torch.dropout(to_input(images, model), 0.3, model.training)
+"""
 ALWAYS_NAN = "t.to_input = lambda images, model: images.float() * float('nan')"
 OUT_OF_MEMORY = """
 real, calls = t.train_step, [0]
@@ -335,6 +339,17 @@ def teacher(folder: Path) -> list:
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
     kill_and_resume(data, tmp_path, [*STATEFUL, *teacher(tmp_path), "--workers", 1], processes=1,
                     kills=1, seed=0)
+
+
+def test_random_layers_draw_by_step(data, tmp_path, monkeypatch):
+    """Dropout that somebody adds draws after a stop what it would have drawn."""
+    flags = ["--data", data, *FLAGS, "--epochs", 8, "--batch-size", 2, "--workers", 0]
+    for out, stops in ((tmp_path / "one", [3]), (tmp_path / "two", [2, 3])):
+        for step in stops:
+            run_here(monkeypatch, *(["--resume"] if (out / "last.pt").exists() else flags),
+                     "--out", out, "--max-steps", step, patch=DROPOUT)
+    one, two = (tensors(checkpoint(tmp_path / name)) for name in ("one", "two"))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 @pytest.mark.long
