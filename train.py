@@ -281,6 +281,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power")):
         for name in sorted(values.keys() & names):
             check(name, fine, f"is of no use without --{flag}")
+    for name in ("lr_mult", "warmup_mult"):
+        check(name, args.mask or "mask" not in values.get(name, ()), "is of no use without --mask")
     files = {"train_json", "train_images", "val_json", "val_images"}
     for name in sorted(files - values.keys()) if files & values.keys() and not args.data else ():
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
