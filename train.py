@@ -402,6 +402,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
             f"on, too: AP says nothing about others")
     changes = {name: getattr(args, name) for name in Augment._fields
                if name != "scale" and getattr(args, name, None) is not None}
+    augment = AUGMENTS[args.augment]
     if args.scale is not None:
         changes["scale"] = (1 - args.scale, 1 + args.scale)
         if not augment.affine:  # no strength with turns and shifts
@@ -419,7 +420,7 @@ def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, 
     """Lay all gradients into one tensor. Return it, and its last `extra` numbers, free for use.
 
     Each p.grad is a piece of it from now on, kept as p.piece: one all-reduce, one division, one
-    norm serve them all. A parameter that gets no gradient counts as 0.
+    norm serve them all. A parameter that gets no gradient counts as 0. zero_grad() would part them.
     """
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # whole 64 bytes: kernels stay fast
     flat = torch.zeros(sum(sizes) + extra, dtype=parameters[0].dtype, device=parameters[0].device)
@@ -488,8 +489,9 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
                 told = teacher(images).promote()
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
                 raw, decode(raw), told, decode(told), sigma_scale).items()}
+        assert terms.keys() == set(criterion.terms), "a term that criterion.terms does not name"
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
-        scaler.scale(sum(terms.values()) / len(images)).backward()
+        scaler.scale(sum(terms.values()) / args.batch_size).backward()
         sums += torch.stack([score_sum, *(terms[name] for name in criterion.terms)]).detach()
     tail[-2], tail[-1] = len(errors), stop
     mine = sums.clone()
@@ -500,7 +502,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     scaler.unscale_(optimizer)
     # The one division: by the scores assigned in the whole step, at least 1.
     gradient = flat[:-len(tail)]
-    gradient *= len(images) / sums[0].clamp(min=1)
+    gradient *= args.batch_size / sums[0].clamp(min=1)
     norm = torch.linalg.vector_norm(gradient)
     *total, bad, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
     finite = math.isfinite(norm) and all(map(math.isfinite, total))
@@ -842,7 +844,8 @@ def main() -> None:
     if rank == 0 and at.step < stop and not stopper.over(at.evaluated):
         log.starts.append(print_plan(
             args, source, report, train_set, (images, len(val_set)), (world_size, global_batch),
-            (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr, str(device)))
+            (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr,
+            f"{device}, torch {torch.__version__}"))
         if args.dry_run:
             say("\n".join(describe(train_set)))
             points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
@@ -875,13 +878,13 @@ def main() -> None:
         size = random_size(args.image_size, args.multi_scale, args.seed, at.step + at.skipped)
         tolerance = sigma_scale(at.step, widen_steps, args.sigma_start)
         rate = peak_lr * lr_share(at.step, plan._replace(warmup=warmup.end))
+        # For layers that you add and that draw, like Dropout: a resumed run draws the same.
+        torch.manual_seed(hash((args.seed, at.step + at.skipped, rank)))
         try:
             result = train_step(model, teacher, criterion, batches, optimizer, scaler, gradients,
                                 args, size, tolerance, bool(asked) or orphaned)
         except RuntimeError as error:
             out_of_memory(args, error)
-        # For layers that you add and that draw, like Dropout: a resumed run draws the same.
-        torch.manual_seed(hash((args.seed, at.step + at.skipped, rank)))
         if result.bad:
             note_bad(at.bad, args.max_bad, result.errors, rank)
         if result.finite:
