@@ -2,7 +2,7 @@
 
 Owns the file format, the skeleton, every augmentation, the padding and its inverse, and the order
 in which images are seen; knows nothing about the network. Read in this order: Annotations,
-Augment, random_geometry, CocoPose, Stream, make_loader.
+Augment, random_geometry, CocoPose, stream, make_loader.
 
 Axes    B images   S side of the padded input   M people in one image   K keypoints
         N images of the set   T people of the set
@@ -803,27 +803,21 @@ def resize(images: Tensor, targets: dict[str, Tensor], size: int) -> tuple[Tenso
     return images.contiguous(memory_format=torch.channels_last), targets
 
 
-class Stream:
+def stream(images: int, seed: int, batch_size: int, start: int = 0, rank: int = 0,
+           world_size: int = 1, accumulate: int = 1) -> Iterator[list[tuple[int, int]]]:
     """Batches of (epoch, index) from step `start` on of an endless stream of shuffled epochs.
 
     Step k takes positions k G to (k + 1) G - 1 of it, G = batch_size * world_size * accumulate, so
     the order depends on the seed and G alone. A step is `accumulate` batches for each process.
     """
+    @functools.lru_cache(1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(images)
 
-    def __init__(self, images: int, seed: int, batch_size: int, start: int = 0,
-                 rank: int = 0, world_size: int = 1, accumulate: int = 1):
-        self.images, self.seed, self.batch_size, self.start = images, seed, batch_size, start
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        @functools.lru_cache(1)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((self.seed, epoch)).permutation(self.images)
-
-        for micro in itertools.count(self.start * self.accumulate):
-            first = (micro * self.world_size + self.rank) * self.batch_size
-            places = [divmod(first + i, self.images) for i in range(self.batch_size)]
-            yield [(epoch, int(order(epoch)[i])) for epoch, i in places]
+    for micro in itertools.count(start * accumulate):
+        first = (micro * world_size + rank) * batch_size
+        places = [divmod(first + i, images) for i in range(batch_size)]
+        yield [(epoch, int(order(epoch)[i])) for epoch, i in places]
 
 
 def ignore_signals(worker: int) -> None:

@@ -140,8 +140,6 @@ def main() -> None:
     if args.results:
         write_text(args.results, json.dumps(results))
     if args.sheet and sheet:
-        for picture in sheet:
-            picture.thumbnail((480, 480))
         contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
             os.path.join(args.out, "sheet.jpg"), quality=88)
     hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.3f})"

@@ -42,9 +42,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
-                  CocoPose, DataError, Skeleton, Stream, check_files, describe, find_split,
-                  flatten, make_loader, random_size, read_json, read_skeleton, resize,
-                  stop_workers)
+                  CocoPose, DataError, Skeleton, check_files, describe, find_split, flatten,
+                  make_loader, random_size, read_json, read_skeleton, resize, stop_workers, stream)
 from draw import Log, print_plan, say, svg_curves, write_text
 from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, quiet_coco,
                       save_people, to_input, val_batches)
@@ -827,9 +826,8 @@ def main() -> None:
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
     widen_steps = round(args.sigma_epochs * images / global_batch)
-    stream = Stream(images, args.seed, args.batch_size, at.step + at.skipped, rank, world_size,
-                    args.accumulate)
-    batches = iter(make_loader(train_set, stream, args.workers, device))
+    place = images, args.seed, args.batch_size, at.step + at.skipped, rank, world_size
+    batches = iter(make_loader(train_set, stream(*place, args.accumulate), args.workers, device))
     val_loader = make_loader(val_set, val_batches(len(val_set), args.batch_size, rank, world_size),
                              args.workers, device)
     about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
@@ -853,7 +851,7 @@ def main() -> None:
     if not args.resume:
         save()  # from here on --resume works
         if rank == 0:
-            save_people(f"{args.out}/first_batch.jpg", train_set, next(iter(stream)))
+            save_people(f"{args.out}/first_batch.jpg", train_set, next(stream(*place)))
     written, asked, parent = at.step, catch_signals(), os.getppid()
     while not stopper.over(at.evaluated):
         epoch = 0 if args.dry_run else ends.get(at.step, 0)

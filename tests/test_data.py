@@ -12,8 +12,8 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 import data
-from data import (MOSAIC, MOSAIC_HEAVY, PAD_GRAY, PAD_MODES, PLAIN, Augment, CocoPose, Stream,
-                  collage, collate, flatten, letterbox, make_loader, move, read_json, read_skeleton,
+from data import (MOSAIC, MOSAIC_HEAVY, PAD_GRAY, PAD_MODES, PLAIN, Augment, CocoPose, collage,
+                  collate, flatten, letterbox, make_loader, move, read_json, read_skeleton, stream,
                   undo)
 
 NAMES = ["left_dot", "right_dot", "blue"]
@@ -412,7 +412,7 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
 
 def test_every_split_of_the_stream_sees_the_same_images_in_the_same_steps():
     def steps(batch, world, accumulate, start=0):
-        ranks = [list(itertools.islice(Stream(10, 5, batch, start, rank, world, accumulate),
+        ranks = [list(itertools.islice(stream(10, 5, batch, start, rank, world, accumulate),
                                        (8 - start) * accumulate)) for rank in range(world)]
         return [sorted(key for rank in ranks for micro in rank[s * accumulate:(s + 1) * accumulate]
                        for key in micro) for s in range(8 - start)]
