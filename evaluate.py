@@ -147,13 +147,14 @@ def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
     return dict(zip(METRICS, [*map(float, scorer.stats), float(np.mean(best or [-1]))]))
 
 
-def people_in(out: Decoded, b: int, matrix: np.ndarray, conf: float,
-              iou: float = 0.7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def people_in(out: Decoded, b: int, matrix: np.ndarray, conf: float, iou: float = 0.7,
+              pre: int = 300, post: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of image b, best first: boxes (D, 4), scores (D,), keypoints (D, K, 3) of x, y and a score.
 
-    matrix (2, 3) is its sample's; boxes and keypoints are in px of the file, continuous.
+    matrix (2, 3) is its sample's; boxes and keypoints are in px of the file, continuous. The other
+    numbers are those of select.
     """
-    kept = select(out.boxes[b], out.scores[b], conf, iou)                         # (D,)
+    kept = select(out.boxes[b], out.scores[b], conf, iou, pre, post)              # (D,)
     boxes, scores, xy, kpt_scores = (t[b, kept].double().cpu().numpy() for t in out)
     boxes = undo(boxes.reshape(-1, 2, 2), matrix).reshape(-1, 4)
     return boxes, scores, np.concatenate([undo(xy, matrix), kpt_scores[..., None]], -1)

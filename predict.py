@@ -26,7 +26,7 @@ from evaluate import check_places, load_model, look, parse, people_in, to_coco
 
 def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float = 0.3,
             iou: float = 0.7) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """People in each image, best first: boxes (D, 4) px, scores (D,), keypoints (D, K, 3).
+    """People in each image, the 300 best: boxes (D, 4) px, scores (D,), keypoints (D, K, 3).
 
     model and file are load_model's. Keypoints are x, y, px, and a score; px of the image,
     continuous: pixel i covers [i, i + 1). Photos are turned upright by their EXIF tag first. iou is
@@ -37,7 +37,7 @@ def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float
     out, _ = look(model, torch.stack([torch.from_numpy(x).permute(2, 0, 1) for x, _ in fitted]))
     found = []
     for b, (image, (_, matrix)) in enumerate(zip(images, fitted)):
-        boxes, scores, keypoints = people_in(out, b, matrix, conf, iou)
+        boxes, scores, keypoints = people_in(out, b, matrix, conf, iou, 2000, 300)
         found.append((boxes.clip(0, image.size * 2), scores, keypoints))  # width, height, twice
     return found
 

@@ -10,7 +10,7 @@ from PIL import Image
 from data import COCO_EDGES, COCO_NAMES, read_skeleton
 from draw import LEFT, MIDDLE, RIGHT, draw_people
 from evaluate import load_model, quiet_coco
-from model import YoloNasPose
+from model import Decoded, YoloNasPose
 from predict import find_images, main, out_names, predict
 
 
@@ -57,6 +57,17 @@ def test_a_batch_is_its_images_one_by_one(weights):
         for a, b in zip(found, alone):
             np.testing.assert_allclose(a, b, atol=1e-3)
         assert (found[0] >= 0).all() and (found[0].reshape(-1, 2) <= image.size).all()
+
+
+def test_a_crowd_is_not_cut_to_the_20_that_coco_scores(weights, monkeypatch):
+    """150 people side by side, each seen by ten anchors."""
+    corner = torch.cartesian_prod(torch.arange(15) * 6.0, torch.arange(10) * 9.0)   # (150, 2)
+    boxes = torch.cat([corner, corner + 5], 1).repeat(10, 1)[None]                  # (1, A, 4)
+    scores = 0.9 - torch.arange(1500) / 1e4
+    out = Decoded(boxes, scores[None], torch.zeros(1, 1500, 17, 2), torch.zeros(1, 1500, 17))
+    monkeypatch.setattr("predict.look", lambda *given: (out, None))
+    (found, _, _), = predict(*load_model(weights), [photo(96, 96)])
+    np.testing.assert_array_equal(found, boxes[0, :150])
 
 
 @pytest.mark.parametrize("tag", [3, 6, 8])
