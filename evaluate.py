@@ -585,6 +585,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=["no", "bf16"], default="no", help="autocast; default: %(default)s")
     add("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
     add("--metrics", metavar="FILE", help="write the numbers as json")
+    add("--sigmas", type=numbers, metavar="X,X,...", help="of AP; default: the checkpoint's")
     add("--results", metavar="FILE", help="write the detections as COCO results")
     add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
         "detections, and why AP is what it is; its numbers as FILE.json")
@@ -596,8 +597,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.card and not args.card.endswith(".html"):
         p.error(f"--card {args.card} must end in .html; its numbers go to the same name in .json")
     labels = args.json or f"{args.data}/annotations/person_keypoints_{args.split}.json"
-    numbers = args.card and args.card[:-4] + "json"
-    check_places(p, [args.metrics, args.results, args.card, numbers], [args.weights, labels])
+    twin = args.card and args.card[:-4] + "json"
+    check_places(p, [args.metrics, args.results, args.card, twin], [args.weights, labels])
     return args
 
 
@@ -619,6 +620,11 @@ def main() -> None:
                                      True, *how)
         took = time.monotonic() - start
     except (ValueError, OSError) as error:
+        if args.sigmas:
+            skeleton = skeleton._replace(sigmas=read_skeleton(labels, "", args.sigmas).sigmas)
+        if args.flip_test and skeleton.flip == list(range(len(skeleton.flip))) != [0]:
+            raise ValueError("--flip-test needs pairs of left and right, but the checkpoint was "
+                             "trained without any; see train.py's --flip-pairs")
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
         print(f"{name:10} " + (f"{value:.4f}" if value != -1 else "nobody labeled"))
@@ -637,8 +643,9 @@ def main() -> None:
             "weights": args.weights, "labels": path, "image size": f"{dataset.size} px",
             "padding": dataset.pad, "smallest score": args.conf, "NMS overlap": args.iou,
             "most detections an image": 20, "flip test": args.flip_test, "autocast": args.amp,
-            "fused": args.fuse, "device": torch.cuda.get_device_name() if device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__},
+            "fused": args.fuse, "sigmas": skeleton.sigmas,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__},
             "metrics": metrics, **make_card(truth, by_image, skeleton),
             "speed": {"latency_ms": 1000 * latency, "batch": many, "img_s": many / of_many,
                       "evaluation_s": took}}

@@ -125,8 +125,8 @@ FLAGS = {
         ("val-images", str, None, "folder"),
         ("only-people", bool, False, "train on images with a labeled person only"),
         ("flip-pairs", str, None, "names a mirror exchanges, A:B,C:D; default: left_*, right_*"),
-        ("sigmas", numbers, None, "spread of each keypoint, as a share of sqrt(area); default: the "
-         "json's, COCO's for COCO's names, else 0.05"),
+        ("sigmas", numbers, None, "spread of each keypoint, in loss and AP, as a share of "
+         "sqrt(area); default: the json's, COCO's for COCO's names, else 0.05"),
         ("image-size", int, None, "side of the padded input, px"),
         ("train-pad", PAD_MODES, "center", "where the border of the square input goes"),
         ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation, as the original has them"),

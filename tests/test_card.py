@@ -459,6 +459,32 @@ def test_bad_flags_are_refused(flags, complaint, capsys):
         evaluate.parse_args(["--data", "d", "--weights", "w", *flags])
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
+def test_sigmas_are_the_rulers_of_ap_and_are_said(small, official_n, run):
+    """Given by hand, as a benchmark names them; the same numbers as from a json that holds them."""
+    wide = [3 * sigma for sigma in COCO_SIGMAS]
+    for flags in ([], ["--sigmas", ",".join(map(str, wide))]):
+        run("--results", str(small / "r.json"), "--card", str(small / "c.html"), *flags)
+        card = json.loads((small / "c.json").read_text())
+        assert card["protocol"]["sigmas"] == (wide if flags else COCO_SIGMAS)
+        by_image = {i: [] for i in range(8)}
+        for result in json.loads((small / "r.json").read_text()):
+            by_image[result["image_id"]].append(result)
+        labels = json.loads((small / "set/annotations/person_keypoints_val2017.json").read_text())
+        want = evaluate.keypoint_ap(quiet_coco(labels), by_image, wide if flags else COCO_SIGMAS)
+        assert card["metrics"] == pytest.approx(want, abs=1e-12)
+
+
+def test_a_flip_test_without_pairs_is_refused(small, official_n, tmp_path, monkeypatch):
+    """It would average left with right."""
+    model, file = evaluate.load_model(official_n, "n")
+    file["skeleton"]["flip"] = list(range(17))
+    torch.save(file | {"format": "nanopose", "model": model.state_dict()}, tmp_path / "w.pt")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", str(small / "set"), "--weights",
+                                      str(tmp_path / "w.pt"), "--workers", "0", "--flip-test"])
+    with pytest.raises(SystemExit, match="--flip-test needs pairs of left and right"):
+        evaluate.main()
+
+
 
 @pytest.mark.parametrize("flags", [["--json", "x/l.json", "--images", "x"], ["--data", "x"]])
 def test_labels_that_are_read_are_not_written_over(flags, tmp_path, monkeypatch, capsys):
