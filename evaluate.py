@@ -327,11 +327,12 @@ def similarity(poses: np.ndarray, labels: np.ndarray, area: np.ndarray,
     return np.exp(-distance2 / spread) * (labels[..., 2] > 0)
 
 
-def diagnose(results: list[dict], people: list[dict], ignored: np.ndarray,
+def diagnose(results: list[dict], people: list[dict], passed: np.ndarray,
              skeleton: Skeleton) -> Case:
     """What each detection of an image is, and what is wrong with the keypoints of people's best.
 
-    results by score; ignored (D,) is their largest OKS with crowds and people without keypoints.
+    results by score; passed (D,): at an OKS of 0.5 pycocotools passes over this one, as it shows a
+    crowd, or the first to show somebody without keypoints.
     Errors are those of Ronchi & Perona, https://arxiv.org/abs/1707.05388, by these rules:
     * Pairs are made by OKS, the largest first, down to FOUND; somebody whose left and right are
       exchanged as a whole counts too. The best detection counts, whatever its score.
@@ -356,7 +357,7 @@ def diagnose(results: list[dict], people: list[dict], ignored: np.ndarray,
         person[d], free[d], free[:, m] = m, 0, 0
     kinds = np.where(person >= 0, "best", "background").tolist()
     for d in np.flatnonzero(person < 0):
-        if ignored[d] >= 0.5:
+        if passed[d]:
             kinds[d] = "ignored"
         elif fit[d].max(initial=0) >= FOUND:
             better = results[person.tolist().index(fit[d].argmax())]
@@ -417,13 +418,12 @@ def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) 
     errors     how many of each kind, and the AP of results without them
     """
     scorer, cases = score(truth, by_image, skeleton.sigmas), {}
-    for i, found in by_image.items():
-        key = i, truth.dataset["categories"][0]["id"]
-        results, anns = sorted(found, key=lambda r: -r["score"])[:20], scorer._gts[key]
-        ignored = np.array([bool(a["ignore"]) for a in anns], bool)
-        pairs = np.reshape(scorer.ious[key], (len(results), len(anns)))           # OKS
-        cases[i] = diagnose(results, [a for a in anns if not a["ignore"]],
-                            pairs[:, ignored].max(1, initial=0), skeleton)
+    passed = {e["image_id"]: e["dtIgnore"][0] for e in scorer.evalImgs[:len(by_image)] if e}
+    for i, found in by_image.items():  # evalImgs begin with people of every size, dtIgnore with 0.5
+        results = sorted(found, key=lambda r: -r["score"])[:20]
+        people = [a for a in scorer._gts[i, truth.dataset["categories"][0]["id"]]
+                  if not a["ignore"]]
+        cases[i] = diagnose(results, people, passed.get(i, np.zeros(len(results))), skeleton)
     values = {"people in the image": {i: len(case.people) for i, case in cases.items()},
               "crowding": {i: crowd_index(c.people) for i, c in cases.items() if c.people}}
     groups = [("images", "all", list(cases)),

@@ -180,6 +180,18 @@ def test_what_coco_does_not_score_is_no_error():
     assert [row["labeled"] for row in card["keypoints"]] == [12 * 17 - 1, 11] + 16 * [12]
 
 
+def test_somebody_without_keypoints_takes_in_one_detection_as_pycocotools_has_it():
+    labels, by_image = scene()
+    labels["annotations"].append(
+        person(91, 4, 500, 50) | {"num_keypoints": 0, "keypoints": 51 * [0]})
+    shown = put(by_image[4][0], dict(enumerate(rows(person(0, 4, 500, 50))[:, :2])))
+    by_image[4] += [shown | {"score": 0.9}, shown | {"score": 0.8}]
+    card = make_card(quiet_coco(labels), by_image, SKELETON)
+    assert count(card) == {"background": 1} and card["scores"][0]["AP"] < 1 - 1e-3
+    assert [row["AP"] for row in card["errors"] if row["kind"] == "background"] == [
+        pytest.approx(1)]
+
+
 def test_keypoint_oks_and_pck_by_hand():
     """A tenth of a box of 120 x 300 px is 30 px, half a pixel either way decides; unfound people
     are left out."""
