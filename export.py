@@ -3,8 +3,9 @@
     python export.py --weights runs/train/best.pt --format onnx --data DIR [--int8]
 
 In      images (B, 3, H, W) uint8, RGB; any B, H and W multiples of 32, at least 64
-Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of the input; scores
-        (B, A) and keypoint_scores (B, A, K) in [0, 1]. A anchors, most of them background
+Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of the input, pixel i
+        covering [i, i + 1): COCO's keypoints, back in the file, are 0.5 less; scores (B, A) and
+        keypoint_scores (B, A, K) in [0, 1]. A anchors, most of them background
 Inside  json, as metadata of ONNX, as extra file nanopose.json of pt2: the keypoints' names, flip,
         edges, sigmas; image_size and pad: scale an image by image_size / its longer side, fill with
         127 (bottom_right, or center: all around; fit_image in data.py to the last bit); conf, iou,
