@@ -547,6 +547,11 @@ def check_places(p: argparse.ArgumentParser, written: list, read: list) -> None:
         taken.add(os.path.realpath(path))
 
 
+def numbers(text: str) -> list[float]:
+    """Flag values like 90,120."""
+    return [float(value) for value in text.split(",")]
+
+
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float,
           batch_size: int) -> argparse.Namespace:
     """Read the command line: p's flags and, with these defaults, those that predict.py shares.
@@ -580,12 +585,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="val2017", help="default: %(default)s")
     add("--json", metavar="FILE", help="labels, with --images instead of --data")
     add("--images", metavar="DIR", help="folder of the images that --json names")
+    add("--sigmas", type=numbers, metavar="X,X,...", help="of AP; default: the checkpoint's")
     add("--workers", type=int, default=2, help="loader processes; default: %(default)s")
     add("--flip-test", action="store_true", help="see mirror images too, and join; twice as slow")
     add("--amp", choices=["no", "bf16"], default="no", help="autocast; default: %(default)s")
     add("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
     add("--metrics", metavar="FILE", help="write the numbers as json")
-    add("--sigmas", type=numbers, metavar="X,X,...", help="of AP; default: the checkpoint's")
     add("--results", metavar="FILE", help="write the detections as COCO results")
     add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
         "detections, and why AP is what it is; its numbers as FILE.json")
@@ -615,16 +620,16 @@ def main() -> None:
               f"{args.iou}, at most 20 detections an image")
         model, truth = (model.fuse() if args.fuse else model).to(device), quiet_coco(labels)
         skeleton, start = dataset.skeleton, time.monotonic()
-        how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
-        metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
-                                     True, *how)
-        took = time.monotonic() - start
-    except (ValueError, OSError) as error:
         if args.sigmas:
             skeleton = skeleton._replace(sigmas=read_skeleton(labels, "", args.sigmas).sigmas)
         if args.flip_test and skeleton.flip == list(range(len(skeleton.flip))) != [0]:
             raise ValueError("--flip-test needs pairs of left and right, but the checkpoint was "
                              "trained without any; see train.py's --flip-pairs")
+        how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
+        metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
+                                     True, *how)
+        took = time.monotonic() - start
+    except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
     for name, value in metrics.items():
         print(f"{name:10} " + (f"{value:.4f}" if value != -1 else "nobody labeled"))

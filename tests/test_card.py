@@ -459,18 +459,6 @@ def test_each_way_of_looking_is_the_one_asked_for(small, official_n, run):
         assert (a != b).any()
 
 
-@pytest.mark.parametrize("flags,complaint", [
-    (["--card", "card.htm"], "--card card.htm must end in .html"),
-    (["--card", "nowhere/card.html"], "nowhere/card.html is a folder, or in one that is not there"),
-    (["--card", "a.html", "--metrics", "./a.json"], "a.json is read, or written twice"),
-    (["--metrics", "./w"], "./w is read, or written twice"),
-    (["--metrics", "a", "--results", "./a"], "./a is read, or written twice"),
-    (["--amp", "fp16"], "choose from")])
-def test_bad_flags_are_refused(flags, complaint, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.parse_args(["--data", "d", "--weights", "w", *flags])
-    assert stop.value.code == 2 and complaint in capsys.readouterr().err
-
 def test_sigmas_are_the_rulers_of_ap_and_are_said(small, official_n, run):
     """Given by hand, as a benchmark names them; the same numbers as from a json that holds them."""
     wide = [3 * sigma for sigma in COCO_SIGMAS]
@@ -496,6 +484,18 @@ def test_a_flip_test_without_pairs_is_refused(small, official_n, tmp_path, monke
     with pytest.raises(SystemExit, match="--flip-test needs pairs of left and right"):
         evaluate.main()
 
+
+@pytest.mark.parametrize("flags,complaint", [
+    (["--card", "card.htm"], "--card card.htm must end in .html"),
+    (["--card", "nowhere/card.html"], "nowhere/card.html is a folder, or in one that is not there"),
+    (["--card", "a.html", "--metrics", "./a.json"], "a.json is read, or written twice"),
+    (["--metrics", "./w"], "./w is read, or written twice"),
+    (["--metrics", "a", "--results", "./a"], "./a is read, or written twice"),
+    (["--amp", "fp16"], "choose from")])
+def test_bad_flags_are_refused(flags, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(["--data", "d", "--weights", "w", *flags])
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--json", "x/l.json", "--images", "x"], ["--data", "x"]])
