@@ -34,6 +34,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import socket
 import struct
 import sys
 from collections.abc import Iterator
@@ -579,8 +580,9 @@ class Cache:
     """Decoded images of a set, in one array that all loader processes fill and share.
 
     Each is shrunk by the power of two after which it still covers an input of `size` px. kind "ram"
-    is one array for each training process, "disk" a file beside the images for all of them and for
-    later runs, named by images and size. Raises ValueError or OSError if that is too small.
+    is one array for each training process, "disk" a file beside the images for all of them on this
+    machine and for later runs, named by images and size: remove it when you change open_image.
+    Raises ValueError or OSError if there is too little room.
     """
 
     def __init__(self, annotations: Annotations, folder: str, size: int, kind: str):
@@ -598,7 +600,8 @@ class Cache:
         else:
             files = annotations.files.tolist()
             times = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
-            name = hashlib.sha256(repr((size, files, times, self.sides.tolist())).encode())
+            name = repr((size, files, times, self.sides.tolist(), socket.gethostname()))
+            name = hashlib.sha256(name.encode())  # of this machine: others see half-written pages
             path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
             with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
                 try:

@@ -466,6 +466,8 @@ def load_file(path: str):
                 if wrong is None:
                     return torch.load(f, map_location="cpu", weights_only=True)
         except DAMAGED as error:
+            if getattr(error, "errno", None):  # the disk does not answer now; the file may be good
+                raise
             wrong = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{path} is no checkpoint of plain tensors, or damaged: {wrong}")
 

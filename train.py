@@ -19,6 +19,7 @@ import copy
 import datetime
 import errno
 import fcntl
+import hashlib
 import math
 import os
 import re
@@ -41,12 +42,12 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
-                  CocoPose, DataError, Skeleton, check_files, describe, find_split, flatten,
+from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Annotations, Augment,
+                  Cache, CocoPose, DataError, Skeleton, check_files, describe, find_split, flatten,
                   make_loader, random_size, read_json, read_skeleton, resize, stop_workers, stream)
 from draw import Log, print_plan, say, svg_curves, write_text
-from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, quiet_coco,
-                      save_people, to_input, val_batches)
+from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, numbers,
+                      quiet_coco, save_people, to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
 from model import (SIZES, YoloNasPose, decode, load_file, load_last, load_weights, save_last,
                    sync_batch_norm, write_atomically)
@@ -86,11 +87,6 @@ OUT = "runs/train"
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "accumulate",
               "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad",
               "patience")
-
-
-def numbers(text: str) -> list[float]:
-    """Flag values like 90,120."""
-    return [float(value) for value in text.split(",")]
 
 
 def factors(text: str) -> dict[str, float]:
@@ -319,17 +315,23 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
     return source
 
 
-def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join torchrun's process group if there is one. Return (rank, world_size, device).
+def setup_distributed() -> tuple[int, int, torch.device, str]:
+    """Join torchrun's process group if there is one. Return (rank, world_size, device, launch).
 
+    launch is a name that stays when torchrun starts its processes anew, and that nothing else has.
     Without GPUs the processes talk over gloo; with them gloo carries what is not a tensor. Nobody
     waits longer than 10 minutes, many times what process 0 takes to score COCO's 5,000 images.
-    Raises ValueError for more processes than GPUs, and for a port that cannot be used.
+    Raises ValueError for more processes than GPUs, for a port that cannot be used, and for other
+    launchers that do not say which GPU is whose.
     """
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
     env, gpus, wait = os.environ, torch.cuda.device_count(), datetime.timedelta(minutes=10)
     if "LOCAL_RANK" not in env:
-        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(env.get(name) or 1) > 1:
+                raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set: each process "
+                                 f"would train alone; start it by torchrun")
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
     local_rank, rank, world_size = (int(env[n]) for n in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     if 0 < gpus <= local_rank:
         raise ValueError(f"torchrun started local rank {local_rank}, but this machine has {gpus} "
@@ -347,7 +349,9 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
                             world_size=world_size, store=dist.PrefixStore(
                                 name_of_start(store, rank, world_size, wait), store))
-    return rank, world_size, device
+    # torchrun's store outlives its processes. Its count of restarts does not do: nodes disagree.
+    me = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    return rank, world_size, device, store.compare_set("launch", "", me).decode()
 
 
 def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.timedelta) -> str:
@@ -535,26 +539,23 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
             f"their images {min(losses):.4g} to {max(losses):.4g}")
 
 
-def launch_id() -> str:
-    """What stays the same when torchrun starts its processes again, and nowhere else."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
-
-
-def read_run(args: argparse.Namespace, rank: int) -> dict | None:
+def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     """With --resume, or when torchrun starts again, the checkpoint to go on from; its flags win.
 
     Raises ValueError if there is nothing to go on from, or a flag was given that may not change.
     """
-    saved = from_rank_0(load_last(args.out) if rank == 0 else None)
-    restarted = from_rank_0(bool(saved) and saved["launch"] == launch_id()
-                            and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    damaged = f"{args.out}/last.pt.damaged"
+    saved, lost = from_rank_0((load_last(args.out), os.path.exists(damaged)) if rank == 0 else None)
+    restarted = saved and launch and saved["launch"] == launch
     if saved and not (args.resume or restarted):
         raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
                          f"another --out")
     if args.resume and not saved:
         raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
                          f"of a run, which nodes must share, or start anew with --weights")
+    if lost and not saved:
+        raise ValueError(f"{args.out} holds a run without a whole checkpoint ({damaged} is set "
+                         f"aside); give another --out, or remove what is left of it")
     if not saved:
         return None
     args.given = [] if restarted else args.given
@@ -646,9 +647,28 @@ def lock(out: str, new: bool) -> None:
     except BlockingIOError:
         sys.exit(f"train.py: another process is writing to {out}; wait for its end, stop it, or "
                  f"give another --out")
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise  # else a file system without locks, like Lustre's noflock
+        say(f"check         {out} cannot be locked ({error.strerror}): start no second run there")
     for name in ("log.jsonl", "out_of_memory") if new else ():
         if os.path.exists(f"{out}/{name}"):
             os.remove(f"{out}/{name}")
+
+
+def check_alike(args: argparse.Namespace, device: torch.device, *labels: Annotations) -> None:
+    """Raise ValueError if machines differ in what must be the same for their processes to train
+    one model: kind of device, flags but for paths, labels."""
+    own = ("data", "train_json", "train_images", "val_json", "val_images", "out", "weights",
+           "teacher", "workers", "given")
+    mine = {"device": device.type} | {f"--{n.replace('_', '-')}": v for n, v in vars(args).items()
+                                       if n not in own}
+    for name, a in zip(("labels to train on", "labels to evaluate"), labels):
+        mine[name] = hashlib.sha256(b"".join(map(bytes, a))).hexdigest()[:12]
+    for rank, (host, other) in enumerate(gather((socket.gethostname(), mine))):
+        for name in [name for name in mine if mine[name] != other[name]]:
+            raise ValueError(f"{name}: {other[name]} in process {rank} on {host}, {mine[name]} in "
+                             f"another; start all machines with the same flags, data and devices")
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
@@ -658,6 +678,9 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     if args.compile and sync:
         raise ValueError("--compile cannot trace norms that are synced over processes; add "
                          "--no-sync-bn, or leave --compile out")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
+        torch.use_deterministic_algorithms(True)
     place = {"device": device, "dtype": torch.float64 if args.double else torch.float32,
              "memory_format": torch.channels_last}
     torch.manual_seed(args.seed)
@@ -788,17 +811,15 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
 def main() -> None:
     args = parse_args()
     try:
-        rank, world_size, device = setup_distributed()
-        saved = None if args.dry_run else read_run(args, rank)
+        rank, world_size, device, launch = setup_distributed()
+        saved = None if args.dry_run else read_run(args, rank, launch)
         source = fill_recipe(args, "saved" if saved else "flag")
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-            torch.use_deterministic_algorithms(True)
         train_set, val_set, truth = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
         model, teacher, criterion, report = make_model(args, skeleton, device)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
+        check_alike(args, device, train_set.annotations, val_set.annotations)
         if rank == 0:
             lock(args.out, new=not saved)
     except (ValueError, OSError) as error:
@@ -831,7 +852,7 @@ def main() -> None:
     val_loader = make_loader(val_set, val_batches(len(val_set), args.batch_size, rank, world_size),
                              args.workers, device)
     about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
-             "global_batch": global_batch, "world_size": world_size, "launch": launch_id(),
+             "global_batch": global_batch, "world_size": world_size, "launch": launch,
              "images": images}
 
     def save() -> None:
@@ -922,7 +943,8 @@ def guarded_main() -> None:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             sys.exit(f"train.py: another process of this run is gone or stuck; --resume (torchrun "
-                     f"by itself) goes on from the last checkpoint: {str(error).splitlines()[0]}")
+                     f"by itself) goes on from the last checkpoint: "
+                     f"{' '.join(str(error).split())[:400]}")
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"train.py: {str(error).splitlines()[0]} Out of memory, or of shared memory "

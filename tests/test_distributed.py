@@ -34,8 +34,9 @@ def command(processes: int = 1, patch: str | None = None, restarts: int = 0) -> 
     """How to start train.py, in one process or under torchrun."""
     launcher = [sys.executable]
     if processes > 1 or restarts:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                     str(processes), "--max-restarts", str(restarts)]
+        launcher += ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                     "localhost:0", "--rdzv-id", "same", "--nproc-per-node", str(processes),
+                     "--max-restarts", str(restarts)]
     if patch is None:
         return [*launcher, str(ROOT / "train.py")]
     path = Path(os.environ["PATCHES"]) / f"{abs(hash(patch))}.py"

@@ -1,4 +1,5 @@
 """What goes wrong on other people's machines, and files full of noise: one line, nothing lost."""
+import errno
 import fcntl
 import io
 import json
@@ -307,6 +308,65 @@ def test_a_taken_port_is_said_in_one_line(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="is the port taken"):
             train.setup_distributed()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_would_each_train_alone_are_refused(name, monkeypatch):
+    """srun or mpirun without torchrun, or a job that names no local rank."""
+    monkeypatch.setenv(name, "1")
+    assert train.setup_distributed()[:2] == (0, 1)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=f"{name} is 2, but LOCAL_RANK is not set.*torchrun"):
+        train.setup_distributed()
+
+
+@pytest.mark.parametrize("change, said", [
+    ("flag", "--eval-every: 2 in process 1 on there, 3 in another"),
+    ("pixel", "labels to train on: .* in process 1 on there"), ("gpu", "device: cuda in process")])
+def test_machines_that_differ_are_refused(data, monkeypatch, change, said):
+    """The other one has the same flags but for paths, then one that differs."""
+    a = flatten(read_json(f"{data}/annotations/person_keypoints_val2017.json"))
+    args, cpu = train.parse_args(["--eval-every", "3", "--out", "here"]), torch.device("cpu")
+    seen = []
+    monkeypatch.setattr(train, "gather", lambda mine: seen.append(("there", mine[1])) or [mine])
+    other = train.parse_args(["--eval-every", "2" if change == "flag" else "3", "--out", "there"])
+    boxes = a.boxes + (change == "pixel")
+    train.check_alike(other, torch.device("cuda" if change == "gpu" else "cpu"),
+                      a._replace(boxes=boxes), a)
+    train.check_alike(args, cpu, a, a)
+    monkeypatch.setattr(train, "gather", lambda mine: [mine, seen[0]])
+    with pytest.raises(ValueError, match=said):
+        train.check_alike(args, cpu, a, a)
+    monkeypatch.setattr(train, "gather", lambda mine: [mine, seen[1]])
+    train.check_alike(args, cpu, a, a)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_and_said(tmp_path, monkeypatch, capsys):
+    def lockf(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    train.lock(str(tmp_path), new=True)
+    assert "cannot be locked (No locks available): start no second" in capsys.readouterr().out
+
+
+def test_a_disk_that_does_not_answer_is_not_a_damaged_checkpoint(tmp_path, monkeypatch):
+    torch.save({"format": "nanopose"}, tmp_path / "last.pt")
+
+    def load(*given, **how):
+        raise OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError, match="Stale file handle"):
+        train.load_last(str(tmp_path))
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, monkeypatch, capsys):
+    (tmp_path / "log.jsonl").touch()
+    (tmp_path / "last.pt").write_bytes(b"noise")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="without a whole checkpoint .*last.pt.damaged"):
+        train.main()
+    assert sorted(os.listdir(tmp_path)) == ["last.pt.damaged", "log.jsonl"]
 
 
 class Evil:
