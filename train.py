@@ -948,7 +948,7 @@ def guarded_main() -> None:
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"train.py: {str(error).splitlines()[0]} Out of memory, or of shared memory "
-                 f"(docker: --shm-size 8g)? Go on with --resume, and fewer --workers")
+                 f"(docker: --ipc=host)? Go on with --resume, and fewer --workers")
 
 
 if __name__ == "__main__":
