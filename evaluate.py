@@ -198,7 +198,10 @@ def look(model: nn.Module, images: Tensor, flip: list[int] | None = None,
     flip is Skeleton.flip for the flip test: box and keypoints are the mean of image and mirror
     image, each weighed by its score; the score is the larger, as a person is often seen by one
     anchor here and by its neighbor there. bf16 is autocast for the network; decoding is float32.
+    Raises ValueError for a model in training mode, whose norms would learn from what it looks at.
     """
+    if model.training:
+        raise ValueError("the model is in training mode; call its eval() first")
     images = images.to(next(model.parameters()).device, non_blocking=True)
     x = to_input(images, model)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):

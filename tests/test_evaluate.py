@@ -10,8 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import COCO_NAMES, COCO_SIGMAS, PAD_MODES, CocoPose, collate, flatten, read_skeleton, undo
-from evaluate import (evaluate, keypoint_ap, load_model, open_split, quiet_coco, select, to_coco,
-                      val_batches)
+from evaluate import (evaluate, keypoint_ap, load_model, look, open_split, quiet_coco, select,
+                      to_coco, val_batches)
 from model import YoloNasPose
 from people import draw_dataset
 
@@ -80,6 +80,12 @@ def slow_mean_oks(labels: dict, by_image: dict) -> float:
             best = max(best, np.exp(-e)[v > 0].mean())
         values.append(best)
     return float(np.mean(values))
+
+
+def test_a_model_in_training_mode_is_refused():
+    """Its norms would take in the images."""
+    with pytest.raises(ValueError, match="call its eval"):
+        look(YoloNasPose("n"), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_mask_iou_counts_pixels_of_all_images_and_leaves_out_the_unknown():

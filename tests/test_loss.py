@@ -13,6 +13,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+import data
+import loss
 from loss import (DISTILL_TERMS, LossWeights, PoseLoss, assign, distribution_focal_loss, mask_loss,
                   oks)
 from model import BINS, RawOutput, YoloNasPose, decode, make_anchors
@@ -237,6 +239,11 @@ def test_nothing_waits_for_the_gpu(reference):
         sum(terms.values()).backward()
     found = {event.key for event in profile.key_averages()}
     assert "aten::sigmoid_backward" in found and not found & {"aten::item", "aten::nonzero"}
+
+
+def test_a_persons_area_is_the_same_share_of_the_box_everywhere():
+    """A constant of two files, which do not import each other."""
+    assert loss.BODY_SHARE_OF_BOX == data.BODY_SHARE_OF_BOX
 
 
 def test_oks_by_hand():
