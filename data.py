@@ -278,6 +278,11 @@ def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annot
         masks=b"".join(runs), mask_offsets=np.cumsum([0, *map(len, runs)]))
 
 
+def fingerprint(annotations: Annotations) -> str:
+    """The same for the same images and people, wherever their files lie."""
+    return hashlib.sha256(b"".join(map(bytes, annotations))).hexdigest()[:12]
+
+
 def check_files(files: np.ndarray, folder: str) -> None:
     """Raise FileNotFoundError, with advice, for the first of the images that is not in folder."""
     listed = set(os.listdir(folder))
@@ -603,16 +608,16 @@ class Cache:
             name = repr((size, files, times, self.sides.tolist(), socket.gethostname()))
             name = hashlib.sha256(name.encode())  # of this machine: others see half-written pages
             path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
-            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
-                try:
+            try:
+                with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
                     have = os.fstat(f.fileno()).st_size
                     if sys.platform == "linux" and have < total:  # or a signal kills, once it fills
                         os.posix_fallocate(f.fileno(), 0, total)
                     f.truncate(total)
-                except OSError as error:
-                    if os.path.exists(path):  # another process may have been here
-                        os.remove(path)
-                    raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None
+            except OSError as error:
+                if os.access(path, os.W_OK):  # another process may have been here
+                    os.remove(path)
+                raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None
             array = np.memmap(path, np.uint8, "r+")
         self.pixels, self.there = np.split(array, self.offsets[-1:])
 

@@ -494,9 +494,12 @@ class Log:
         self.interval = self.ended
 
 
-def doubts(report: dict[str, list], skeleton, args: argparse.Namespace,
-           steps: tuple[int, ...]) -> Iterator[str]:
+def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: int,
+           global_batch: int, steps: tuple[int, ...]) -> Iterator[str]:
     """What print_plan's arguments hold that may be a mistake."""
+    if images < 5000 and args.lr_scale != "none" and 4 * global_batch < args.lr_batch:
+        yield ("few images and a rate that is scaled down learn next to nothing: --lr 2e-3 "
+               "--lr-scale none is a start, see README, Your own data")
     if report and len(report["loaded"]) < 2 * len(report["skipped"]):
         yield "few tensors of --weights fit: is it of another size? Then give that as --model"
     if steps[4] > steps[0] and args.sigma_start != 1:
@@ -504,7 +507,7 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace,
     pair = [i != j for i, j in enumerate(skeleton.flip)]
     alone = [name for name, paired in zip(skeleton.names, pair)
              if not paired and name.startswith(("left", "right"))]
-    if alone or not any(pair) and len(pair) > 1:
+    if alone or args.flip_pairs is None and not any(pair) and len(pair) > 1:
         what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there a left and a right?"
         yield f"{what} Name all in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
 
@@ -545,7 +548,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         f"peak lr       {peak_lr:.2e}{scaled}\n"
         f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
-    lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, steps)]
+    lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, images[0],
+                                                           batch[1], steps)]
     text = "\n".join(lines)
     say(text + "\nETA           measured on the first steps, see below")
     return text

@@ -19,7 +19,6 @@ import copy
 import datetime
 import errno
 import fcntl
-import hashlib
 import math
 import os
 import re
@@ -42,9 +41,10 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Annotations, Augment,
-                  Cache, CocoPose, DataError, Skeleton, check_files, describe, find_split, flatten,
-                  make_loader, random_size, read_json, read_skeleton, resize, stop_workers, stream)
+from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augment, Cache,
+                  CocoPose, DataError, Skeleton, check_files, describe, find_split, fingerprint,
+                  flatten, make_loader, random_size, read_json, read_skeleton, resize,
+                  stop_workers, stream)
 from draw import Log, print_plan, say, svg_curves, write_text
 from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, numbers,
                       quiet_coco, save_people, to_input, val_batches)
@@ -83,10 +83,12 @@ DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2
 
 OUT = "runs/train"
 
-# What --resume may change. The batch may be cut in another way, its images a step stay.
+# What --resume may change. The batch may be cut in another way, its images a step stay; the labels
+# may lie elsewhere, but must be the same.
+PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "accumulate",
               "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad",
-              "patience")
+              "patience", *PATHS)
 
 
 def factors(text: str) -> dict[str, float]:
@@ -331,6 +333,8 @@ def setup_distributed() -> tuple[int, int, torch.device, str]:
             if int(env.get(name) or 1) > 1:
                 raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set: each process "
                                  f"would train alone; start it by torchrun")
+        if gpus > 1:
+            say(f"check         one of {gpus} GPUs is used; all: torchrun --nproc-per-node {gpus}")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
     local_rank, rank, world_size = (int(env[n]) for n in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     if 0 < gpus <= local_rank:
@@ -565,16 +569,17 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
             raise ValueError(f"--{name.replace('_', '-')} {new} differs from the {old} of the run "
                              f"in {args.out}; leave it out, or start a new run in another --out")
     here = {"out", "resume", "given", "max_steps", *args.given}
+    here |= set(PATHS) if here & set(PATHS) else set()
     vars(args).update({name: v for name, v in saved["args"].items() if name not in here})
     args.resume = True
     return saved
 
 
-def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, images: int) -> None:
-    """Bring all that has a memory to where the checkpoint stands; images are those to train on."""
-    if saved.get("images", images) != images:  # older files do not say
-        sys.exit(f"train.py: the run in {out} trains on {saved['images']} images, here are "
-                 f"{images}; give it its data, or start a new run in another --out")
+def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: str) -> None:
+    """Bring all that has a memory to where the checkpoint stands; labels is their fingerprint."""
+    if saved.get("labels", labels) != labels:  # older files do not say
+        sys.exit(f"train.py: the run in {out} trains on other images or labels than those here; "
+                 f"give it its own, or start a new run in another --out")
     vars(at).update({name: saved[name] for name in vars(at)})
     try:
         for name, part in parts.items():
@@ -656,24 +661,27 @@ def lock(out: str, new: bool) -> None:
             os.remove(f"{out}/{name}")
 
 
-def check_alike(args: argparse.Namespace, device: torch.device, *labels: Annotations) -> None:
+def check_alike(args: argparse.Namespace, device: torch.device, train_set: CocoPose,
+                val_set: CocoPose) -> str:
     """Raise ValueError if machines differ in what must be the same for their processes to train
-    one model: kind of device, flags but for paths, labels."""
-    own = ("data", "train_json", "train_images", "val_json", "val_images", "out", "weights",
-           "teacher", "workers", "given")
-    mine = {"device": device.type} | {f"--{n.replace('_', '-')}": v for n, v in vars(args).items()
-                                       if n not in own}
-    for name, a in zip(("labels to train on", "labels to evaluate"), labels):
-        mine[name] = hashlib.sha256(b"".join(map(bytes, a))).hexdigest()[:12]
+    one model: kind of device, flags but for paths, labels. Return those to train on, in short."""
+    labels = fingerprint(train_set.annotations)
+    own = (*PATHS, "out", "weights", "teacher", "workers", "given")
+    mine = {"device": device.type, "labels to train on": labels,
+            "labels to evaluate": fingerprint(val_set.annotations)}
+    mine |= {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in own}
     for rank, (host, other) in enumerate(gather((socket.gethostname(), mine))):
         for name in [name for name in mine if mine[name] != other[name]]:
             raise ValueError(f"{name}: {other[name]} in process {rank} on {host}, {mine[name]} in "
                              f"another; start all machines with the same flags, data and devices")
+    return labels
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
                ) -> tuple[YoloNasPose, YoloNasPose | None, PoseLoss, dict[str, list[str]]]:
     """The network, the same on every process; its teacher; its loss; and load_weights' report."""
+    if args.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ValueError("--amp bf16: this GPU, older than Ampere, only emulates it; use fp16")
     sync = dist.is_initialized() and dist.get_world_size() > 1 and not args.no_sync_bn
     if args.compile and sync:
         raise ValueError("--compile cannot trace norms that are synced over processes; add "
@@ -819,7 +827,7 @@ def main() -> None:
         model, teacher, criterion, report = make_model(args, skeleton, device)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
-        check_alike(args, device, train_set.annotations, val_set.annotations)
+        labels = check_alike(args, device, train_set, val_set)
         if rank == 0:
             lock(args.out, new=not saved)
     except (ValueError, OSError) as error:
@@ -842,7 +850,7 @@ def main() -> None:
              "stopper": stopper, "log": log, "warmup": warmup}
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
-        take_up(saved, at, parts, args.out, images)
+        take_up(saved, at, parts, args.out, labels)
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
@@ -853,7 +861,7 @@ def main() -> None:
                              args.workers, device)
     about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
              "global_batch": global_batch, "world_size": world_size, "launch": launch,
-             "images": images}
+             "labels": labels}
 
     def save() -> None:
         if rank == 0 and not args.dry_run:

@@ -260,9 +260,13 @@ def test_a_cache_is_shared_and_changes_no_sample_that_it_need_not_shrink(kind, t
     mended = annotations._replace(sizes=annotations.sizes - [[3, 0]])  # the json's, not the files'
     assert not data.Cache(mended, folder, side, kind).there.any()
     files = sorted(tmp_path.iterdir())
-    with pytest.raises((ValueError, OSError), match=f"--cache {kind}.* GB"):
+    with pytest.raises((ValueError, OSError), match=f"--cache {kind}.* GB.* none"):
         data.Cache(annotations._replace(sizes=annotations.sizes * 100_000), folder, 10 ** 8, kind)
     assert sorted(tmp_path.iterdir()) == files
+    if kind == "disk":
+        monkeypatch.setattr(os, "open", lambda *given: os.stat(tmp_path / "not here"))
+        with pytest.raises(OSError, match="--cache disk .*No such file or dir.*use ram or none"):
+            data.Cache(annotations, folder, side * 2, kind)
 
 
 def slow_warp(image, matrix, region, size, color):

@@ -335,19 +335,38 @@ def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
     (["left_a", "right_a", "finL", "finR"], [0, 1, 3, 2], "left_a, right_a: in no pair.")])
 def test_a_plan_doubts_sides_without_a_twin(names, flip, said):
     skeleton = Namespace(names=names, flip=flip)
-    found = list(draw.doubts({}, skeleton, Namespace(sigma_start=8.0), (9, 0, 9, 0, 9)))
+    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None)
+    found = list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     assert len(found) == bool(said) and "".join(found).startswith(said)
 
 
 def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide():
-    skeleton, args = Namespace(names=["nose"], flip=[0]), Namespace(sigma_start=8.0)
+    skeleton = Namespace(names=["nose"], flip=[0])
+    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None)
     fits = {"loaded": 874 * ["a"], "skipped": 12 * ["b"]}
     of_s = {"loaded": 215 * ["a"], "skipped": 671 * ["b"]}
     of_l = {"loaded": 576 * ["a"], "skipped": 377 * ["b"]}  # into M
-    assert not list(draw.doubts(fits, skeleton, args, (9, 0, 9, 0, 9)))
+    assert not list(draw.doubts(fits, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     for report in (of_s, of_l):
-        assert "another size" in "".join(draw.doubts(report, skeleton, args, (9, 0, 9, 0, 9)))
-    assert "--sigma-epochs" in "".join(draw.doubts({}, skeleton, args, (9, 0, 9, 0, 10)))
+        assert "another size" in "".join(draw.doubts(report, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
+    assert "--sigma-epochs" in "".join(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 10)))
+
+
+@pytest.mark.parametrize("images, batch, scale, doubts", [
+    (300, 60, "linear", True), (300, 60, "sqrt", True), (300, 60, "none", False),
+    (300, 120, "linear", False), (118287, 60, "linear", False)])
+def test_a_plan_doubts_a_rate_scaled_down_for_few_images(images, batch, scale, doubts):
+    skeleton = Namespace(names=["nose"], flip=[0])
+    args = Namespace(sigma_start=1.0, lr_scale=scale, lr_batch=480, flip_pairs=None)
+    said = "".join(draw.doubts({}, skeleton, args, images, batch, (9, 0, 9, 0, 9)))
+    assert ("--lr-scale none" in said) == doubts
+
+
+def test_somebody_who_says_that_there_are_no_pairs_is_believed():
+    skeleton = Namespace(names=["a", "b"], flip=[0, 1])
+    for given, n in ((None, 1), ("", 0)):
+        args = Namespace(sigma_start=1.0, lr_scale="none", flip_pairs=given)
+        assert len(list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))) == n
 
 
 def test_a_run_with_one_evaluation_and_one_with_skipped_steps_alone(tmp_path):

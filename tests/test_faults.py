@@ -1,4 +1,5 @@
 """What goes wrong on other people's machines, and files full of noise: one line, nothing lost."""
+import argparse
 import errno
 import fcntl
 import io
@@ -326,19 +327,19 @@ def test_processes_that_would_each_train_alone_are_refused(name, monkeypatch):
 def test_machines_that_differ_are_refused(data, monkeypatch, change, said):
     """The other one has the same flags but for paths, then one that differs."""
     a = flatten(read_json(f"{data}/annotations/person_keypoints_val2017.json"))
+    one = argparse.Namespace(annotations=a)
     args, cpu = train.parse_args(["--eval-every", "3", "--out", "here"]), torch.device("cpu")
     seen = []
     monkeypatch.setattr(train, "gather", lambda mine: seen.append(("there", mine[1])) or [mine])
     other = train.parse_args(["--eval-every", "2" if change == "flag" else "3", "--out", "there"])
-    boxes = a.boxes + (change == "pixel")
-    train.check_alike(other, torch.device("cuda" if change == "gpu" else "cpu"),
-                      a._replace(boxes=boxes), a)
-    train.check_alike(args, cpu, a, a)
+    moved = argparse.Namespace(annotations=a._replace(boxes=a.boxes + (change == "pixel")))
+    train.check_alike(other, torch.device("cuda" if change == "gpu" else "cpu"), moved, one)
+    train.check_alike(args, cpu, one, one)
     monkeypatch.setattr(train, "gather", lambda mine: [mine, seen[0]])
     with pytest.raises(ValueError, match=said):
-        train.check_alike(args, cpu, a, a)
+        train.check_alike(args, cpu, one, one)
     monkeypatch.setattr(train, "gather", lambda mine: [mine, seen[1]])
-    train.check_alike(args, cpu, a, a)
+    train.check_alike(args, cpu, one, one)
 
 
 def test_a_folder_that_cannot_be_locked_is_used_and_said(tmp_path, monkeypatch, capsys):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 955, "model": 595, "loss": 320, "data": 846, "schedule": 299, "evaluate": 665,
-         "draw": 573, "people": 202, "predict": 152, "export": 270}
+LINES = {"train": 963, "model": 595, "loss": 320, "data": 851, "schedule": 299, "evaluate": 665,
+         "draw": 577, "people": 202, "predict": 152, "export": 270}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
               "evaluate": {"model", "data", "draw"}}

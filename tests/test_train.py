@@ -110,6 +110,33 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_by_bit(small):
     assert log_lines(small / "run", timing=False) == log_lines(small / "resumed", timing=False)
 
 
+def test_a_run_goes_on_with_its_data_in_another_place(small, tmp_path, monkeypatch, capsys):
+    """As in the next session of a notebook: the labels must be the same, paths need not."""
+    flags = ("--train-json", "{}/annotations/person_keypoints_train2017.json", "--train-images",
+             "{}/train2017", "--val-json", "{}/annotations/person_keypoints_val2017.json",
+             "--val-images", "{}/val2017")
+    at = tmp_path / "then"
+    at.symlink_to(small / "people")
+    here(monkeypatch, capsys, train, *(flag.format(at) for flag in flags), *SMALL, "--out",
+         tmp_path / "run", "--max-steps", 1)
+    at.unlink()
+    with pytest.raises(SystemExit, match="then/annotations/person_keypoints_train2017.json not"):
+        here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
+    said, _ = here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume", "--data",
+                   small / "people", "--max-steps", 2)
+    assert "1 done, 1 now" in said
+    file = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert file["args"]["train_json"] is None and file["args"]["data"] == str(small / "people")
+
+
+def test_a_gpu_that_only_emulates_bf16_is_told_to_take_fp16(monkeypatch):
+    args = parse_args(["--amp", "bf16"])
+    fill_recipe(args)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
+    with pytest.raises(ValueError, match="older than Ampere, only emulates it; use fp16"):
+        make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cuda"))
+
+
 def test_where_nothing_says_so_a_run_goes_to_runs_train(small, tmp_path, monkeypatch, capsys):
     """And without --data it takes, or draws, people beside it."""
     (tmp_path / "drawn_people").symlink_to(small / "people")
@@ -455,7 +482,7 @@ def test_a_run_in_a_used_folder_begins_its_own_log_and_keeps_to_its_images(small
     first = labels["images"].pop()["id"]
     labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] != first]
     path.write_text(json.dumps(labels))
-    with pytest.raises(SystemExit, match="trains on 10 images, here are 9; give it its data"):
+    with pytest.raises(SystemExit, match="trains on other images or labels than those here"):
         here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
     path.write_text(text)
     said, _ = here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
