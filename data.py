@@ -34,10 +34,9 @@ import mmap
 import multiprocessing
 import os
 import signal
-import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Number
 from typing import NamedTuple
 
@@ -278,9 +277,9 @@ def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annot
         masks=b"".join(runs), mask_offsets=np.cumsum([0, *map(len, runs)]))
 
 
-def fingerprint(annotations: Annotations) -> str:
-    """The same for the same images and people, wherever their files lie."""
-    return hashlib.sha256(b"".join(map(bytes, annotations))).hexdigest()[:12]
+def fingerprint(arrays: Iterable) -> str:
+    """The same for the same arrays: of Annotations, images and people, wherever the files lie."""
+    return hashlib.sha256(b"".join(map(bytes, arrays))).hexdigest()[:12]
 
 
 def check_files(files: np.ndarray, folder: str) -> None:
@@ -585,8 +584,8 @@ class Cache:
     """Decoded images of a set, in one array that all loader processes fill and share.
 
     Each is shrunk by the power of two after which it still covers an input of `size` px. kind "ram"
-    is one array for each training process, "disk" a file beside the images for all of them on this
-    machine and for later runs, named by images and size: remove it when you change open_image.
+    is one array for each training process, "disk" a file beside the images for all of them and for
+    later runs, named by images and size: remove it when you change open_image.
     Raises ValueError or OSError if there is too little room.
     """
 
@@ -605,8 +604,7 @@ class Cache:
         else:
             files = annotations.files.tolist()
             times = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
-            name = repr((size, files, times, self.sides.tolist(), socket.gethostname()))
-            name = hashlib.sha256(name.encode())  # of this machine: others see half-written pages
+            name = hashlib.sha256(repr((size, files, times, self.sides.tolist())).encode())
             path = f"{os.path.normpath(folder)}.{name.hexdigest()[:12]}.cache"
             try:
                 with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
@@ -816,7 +814,8 @@ def stream(images: int, seed: int, batch_size: int, start: int = 0, rank: int = 
     """Batches of (epoch, index) from step `start` on of an endless stream of shuffled epochs.
 
     Step k takes positions k G to (k + 1) G - 1 of it, G = batch_size * world_size * accumulate, so
-    the order depends on the seed and G alone. A step is `accumulate` batches for each process.
+    the order depends on the seed and G alone. A step is `accumulate` batches for each process. What
+    is taken is gone: a second loop goes on.
     """
     @functools.lru_cache(1)
     def order(epoch: int) -> np.ndarray:

@@ -16,6 +16,7 @@ Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101
         distances as distributions (GFL)              https://arxiv.org/abs/2006.04388
 """
 import math
+import errno
 import os
 import pickle
 import struct
@@ -466,8 +467,8 @@ def load_file(path: str):
                 if wrong is None:
                     return torch.load(f, map_location="cpu", weights_only=True)
         except DAMAGED as error:
-            if getattr(error, "errno", None):  # the disk does not answer now; the file may be good
-                raise
+            if getattr(error, "errno", None) not in (None, errno.EINVAL):  # the disk, not the file
+                raise OSError(error.errno, error.strerror, path) from None
             wrong = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{path} is no checkpoint of plain tensors, or damaged: {wrong}")
 

@@ -72,6 +72,8 @@ def lr_share(step: int, plan: Plan) -> float:
     From start_ratio at step 0 to 1 at plan.warmup; then, for cosine, down to final_ratio at the
     last step, total_steps - 1, where it stays. A restart warms up from final_ratio.
     """
+    if plan.decay not in ("cosine", "step", "flat"):
+        raise ValueError(f"schedule {plan.decay!r} unknown; it has no lines in lr_share yet")
     cycle = plan.total_steps / (plan.restarts + 1)
     number = min(int(step / cycle), plan.restarts)
     step, low = step - number * cycle, plan.final_ratio if number else plan.start_ratio
@@ -81,8 +83,6 @@ def lr_share(step: int, plan: Plan) -> float:
         return 1.0
     if plan.decay == "step":
         return plan.drop ** sum(step >= drop for drop in plan.drops)
-    if plan.decay != "cosine":
-        raise ValueError(f"schedule {plan.decay!r} unknown; choose cosine, step or flat, or add it")
     t = min((step - plan.warmup) / max(cycle - 1 - plan.warmup, 1), 1.0)
     return plan.final_ratio + (1 - plan.final_ratio) * 0.5 * (1 + math.cos(math.pi * t))
 
@@ -228,7 +228,7 @@ def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.opti
         return torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
     if kind == "adamw":
         return torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
-    raise ValueError(f"optimizer {kind!r} unknown; choose adamw or sgd, or add it here")
+    raise ValueError(f"optimizer {kind!r} unknown; it has no lines in make_optimizer yet")
 
 
 def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:
@@ -251,7 +251,7 @@ class EMA:
     """A moving average of weights and BatchNorm statistics; `model` is what you evaluate and ship.
 
     Integer buffers (BatchNorm's counter) are copied. Make it when source is on its device and of
-    its type: it follows these very tensors.
+    its dtype: it follows these very tensors.
     """
 
     def __init__(self, source: nn.Module, kind: str, decay: float, total_steps: int):

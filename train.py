@@ -317,14 +317,14 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
     return source
 
 
-def setup_distributed() -> tuple[int, int, torch.device, str]:
+def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device, str]:
     """Join torchrun's process group if there is one. Return (rank, world_size, device, launch).
 
-    launch is a name that stays when torchrun starts its processes anew, and that nothing else has.
+    launch is a name that stays while torchrun starts its processes anew, and that nothing else has.
     Without GPUs the processes talk over gloo; with them gloo carries what is not a tensor. Nobody
     waits longer than 10 minutes, many times what process 0 takes to score COCO's 5,000 images.
-    Raises ValueError for more processes than GPUs, for a port that cannot be used, and for other
-    launchers that do not say which GPU is whose.
+    Raises ValueError for more processes than GPUs, for a port that cannot be used, for launchers
+    that do not say which GPU is whose, and for flags that differ between machines.
     """
     torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
     env, gpus, wait = os.environ, torch.cuda.device_count(), datetime.timedelta(minutes=10)
@@ -332,7 +332,8 @@ def setup_distributed() -> tuple[int, int, torch.device, str]:
         for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if int(env.get(name) or 1) > 1:
                 raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set: each process "
-                                 f"would train alone; start it by torchrun")
+                                 f"would train alone; start them by torchrun, or, if that is meant,"
+                                 f" unset {name}")
         if gpus > 1:
             say(f"check         one of {gpus} GPUs is used; all: torchrun --nproc-per-node {gpus}")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
@@ -353,9 +354,22 @@ def setup_distributed() -> tuple[int, int, torch.device, str]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
                             world_size=world_size, store=dist.PrefixStore(
                                 name_of_start(store, rank, world_size, wait), store))
-    # torchrun's store outlives its processes. Its count of restarts does not do: nodes disagree.
+    may_differ = ("out", "weights", "teacher", "workers", "given")  # paths; weights come later
+    check_alike({"torch": torch.__version__, "device": device.type} | {
+        f"--{name.replace('_', '-')}": bool(value) if name in PATHS else value
+        for name, value in vars(args).items() if name not in may_differ})
+    # torchrun's store outlives its processes. TORCHELASTIC_RESTART_COUNT would not do: nodes count
+    # differently.
     me = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     return rank, world_size, device, store.compare_set("launch", "", me).decode()
+
+
+def check_alike(mine: dict) -> None:
+    """Raise ValueError if something differs between processes that must be the same everywhere."""
+    for rank, (host, other) in enumerate(gather((socket.gethostname(), mine))):
+        for name in [name for name in mine if mine[name] != other[name]]:
+            raise ValueError(f"{name}: {other[name]} in process {rank} on {host}, {mine[name]} on "
+                             f"{socket.gethostname()}; start all machines in the same way")
 
 
 def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.timedelta) -> str:
@@ -402,6 +416,8 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
+    check_alike({"keypoints": skeleton, "labels to train on": fingerprint(sets[0][0]),
+                 "labels to evaluate": fingerprint(sets[1][0])})
     mine, others = (set(map(f"{os.path.realpath(folder)}/".__add__, annotations.files.tolist()))
                     for annotations, folder, *_ in sets)
     if mine & others and rank == 0:
@@ -427,7 +443,8 @@ def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, 
     """Lay all gradients into one tensor. Return it, and its last `extra` numbers, free for use.
 
     Each p.grad is a piece of it from now on, kept as p.piece: one all-reduce, one division, one
-    norm serve them all. A parameter that gets no gradient counts as 0. zero_grad() would part them.
+    norm serve them all. A parameter that gets no gradient counts as 0. Never call zero_grad(): it
+    would cut that tie.
     """
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # whole 64 bytes: kernels stay fast
     flat = torch.zeros(sum(sizes) + extra, dtype=parameters[0].dtype, device=parameters[0].device)
@@ -496,7 +513,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
                 told = teacher(images).promote()
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
                 raw, decode(raw), told, decode(told), sigma_scale).items()}
-        assert terms.keys() == set(criterion.terms), "a term that criterion.terms does not name"
+        assert terms.keys() == set(criterion.terms), "a term that loss.py's TERMS do not name"
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
         scaler.scale(sum(terms.values()) / args.batch_size).backward()
         sums += torch.stack([score_sum, *(terms[name] for name in criterion.terms)]).detach()
@@ -548,8 +565,9 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
 
     Raises ValueError if there is nothing to go on from, or a flag was given that may not change.
     """
-    damaged = f"{args.out}/last.pt.damaged"
-    saved, lost = from_rank_0((load_last(args.out), os.path.exists(damaged)) if rank == 0 else None)
+    saved, lost = from_rank_0((load_last(args.out), any(
+        os.path.exists(f"{args.out}/{name}.pt.damaged") for name in ("last", "previous")))
+        if rank == 0 else None)
     restarted = saved and launch and saved["launch"] == launch
     if saved and not (args.resume or restarted):
         raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
@@ -558,8 +576,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
         raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
                          f"of a run, which nodes must share, or start anew with --weights")
     if lost and not saved:
-        raise ValueError(f"{args.out} holds a run without a whole checkpoint ({damaged} is set "
-                         f"aside); give another --out, or remove what is left of it")
+        raise ValueError(f"{args.out} held a run, whose checkpoints are damaged (*.pt.damaged); "
+                         f"give another --out, or empty this one")
     if not saved:
         return None
     args.given = [] if restarted else args.given
@@ -661,22 +679,6 @@ def lock(out: str, new: bool) -> None:
             os.remove(f"{out}/{name}")
 
 
-def check_alike(args: argparse.Namespace, device: torch.device, train_set: CocoPose,
-                val_set: CocoPose) -> str:
-    """Raise ValueError if machines differ in what must be the same for their processes to train
-    one model: kind of device, flags but for paths, labels. Return those to train on, in short."""
-    labels = fingerprint(train_set.annotations)
-    own = (*PATHS, "out", "weights", "teacher", "workers", "given")
-    mine = {"device": device.type, "labels to train on": labels,
-            "labels to evaluate": fingerprint(val_set.annotations)}
-    mine |= {f"--{n.replace('_', '-')}": v for n, v in vars(args).items() if n not in own}
-    for rank, (host, other) in enumerate(gather((socket.gethostname(), mine))):
-        for name in [name for name in mine if mine[name] != other[name]]:
-            raise ValueError(f"{name}: {other[name]} in process {rank} on {host}, {mine[name]} in "
-                             f"another; start all machines with the same flags, data and devices")
-    return labels
-
-
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
                ) -> tuple[YoloNasPose, YoloNasPose | None, PoseLoss, dict[str, list[str]]]:
     """The network, the same on every process; its teacher; its loss; and load_weights' report."""
@@ -687,7 +689,7 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
         raise ValueError("--compile cannot trace norms that are synced over processes; add "
                          "--no-sync-bn, or leave --compile out")
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it
         torch.use_deterministic_algorithms(True)
     place = {"device": device, "dtype": torch.float64 if args.double else torch.float32,
              "memory_format": torch.channels_last}
@@ -704,6 +706,8 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
                          LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
                          reference=args.recipe == "reference", label_smoothing=args.label_smoothing)
     criterion.terms += MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
+    for name, net in (("first weights", model), ("teacher", teacher)):
+        check_alike({name: net and fingerprint(t.cpu().numpy() for t in net.state_dict().values())})
     model = model.to(**place)
     return sync_batch_norm(model) if sync else model, teacher, criterion, report
 
@@ -819,7 +823,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
 def main() -> None:
     args = parse_args()
     try:
-        rank, world_size, device, launch = setup_distributed()
+        rank, world_size, device, launch = setup_distributed(args)
         saved = None if args.dry_run else read_run(args, rank, launch)
         source = fill_recipe(args, "saved" if saved else "flag")
         train_set, val_set, truth = open_data(args, rank)
@@ -827,7 +831,7 @@ def main() -> None:
         model, teacher, criterion, report = make_model(args, skeleton, device)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
-        labels = check_alike(args, device, train_set, val_set)
+        labels = fingerprint(train_set.annotations)
         if rank == 0:
             lock(args.out, new=not saved)
     except (ValueError, OSError) as error:

@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -24,8 +25,8 @@ import torch
 from PIL import Image
 
 import train
-from data import (MOSAIC, MOSAIC_HEAVY, PAD_MODES, UNREADABLE, CocoPose, DataError, collate,
-                  flatten, open_image, read_json, read_skeleton)
+from data import (COCO_NAMES, MOSAIC, MOSAIC_HEAVY, PAD_MODES, UNREADABLE, CocoPose, DataError,
+                  collate, flatten, open_image, read_json, read_skeleton)
 from evaluate import load_model
 from loss import PoseLoss
 from model import YoloNasPose, decode, load_weights, write_atomically
@@ -308,38 +309,96 @@ def test_a_taken_port_is_said_in_one_line(monkeypatch):
         for name, value in where.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="is the port taken"):
-            train.setup_distributed()
+            train.setup_distributed(train.parse_args([]))
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_processes_that_would_each_train_alone_are_refused(name, monkeypatch):
     """srun or mpirun without torchrun, or a job that names no local rank."""
     monkeypatch.setenv(name, "1")
-    assert train.setup_distributed()[:2] == (0, 1)
+    assert train.setup_distributed(train.parse_args([]))[:2] == (0, 1)
     monkeypatch.setenv(name, "2")
     with pytest.raises(ValueError, match=f"{name} is 2, but LOCAL_RANK is not set.*torchrun"):
-        train.setup_distributed()
+        train.setup_distributed(train.parse_args([]))
 
 
 @pytest.mark.parametrize("change, said", [
-    ("flag", "--eval-every: 2 in process 1 on there, 3 in another"),
-    ("pixel", "labels to train on: .* in process 1 on there"), ("gpu", "device: cuda in process")])
-def test_machines_that_differ_are_refused(data, monkeypatch, change, said):
-    """The other one has the same flags but for paths, then one that differs."""
-    a = flatten(read_json(f"{data}/annotations/person_keypoints_val2017.json"))
-    one = argparse.Namespace(annotations=a)
-    args, cpu = train.parse_args(["--eval-every", "3", "--out", "here"]), torch.device("cpu")
+    (["--eval-every", "2"], "--eval-every: 2 in process 1 on .*, 3 on"),
+    (["--dry-run"], "--dry-run: True in process 1 on .*, None on"),
+    (["--train-json", "d"], "--data: False in process 1 on"), ("torch", "torch: 1.0 in process 1"),
+    (["--out", "x", "--data", "y", "--workers", "3", "--weights", "z"], None)])
+def test_machines_that_are_started_in_another_way_are_refused(monkeypatch, change, said):
+    """Paths and what does not touch the model may differ; what these hold is compared later."""
+    files = ["--train-images", "d", "--val-json", "d", "--val-images", "d"]
+    here = train.parse_args(["--eval-every", "3", "--out", "here", "--data", "here"])
+    there = train.parse_args(["--eval-every", "3", "--out", "there", *(
+        files if "--train-json" in change else ["--data", "there"]), *(
+            change if isinstance(change, list) else [])])
+    where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "0"}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    for name in ("TCPStore", "init_process_group", "PrefixStore"):
+        monkeypatch.setattr(torch.distributed, name, lambda *given, **how: Store())
+    monkeypatch.setattr(train, "name_of_start", lambda *given: "")
     seen = []
-    monkeypatch.setattr(train, "gather", lambda mine: seen.append(("there", mine[1])) or [mine])
-    other = train.parse_args(["--eval-every", "2" if change == "flag" else "3", "--out", "there"])
-    moved = argparse.Namespace(annotations=a._replace(boxes=a.boxes + (change == "pixel")))
-    train.check_alike(other, torch.device("cuda" if change == "gpu" else "cpu"), moved, one)
-    train.check_alike(args, cpu, one, one)
+    monkeypatch.setattr(train, "gather", lambda mine: seen.append(mine) or [mine])
+    with monkeypatch.context() as other:
+        if change == "torch":
+            other.setattr(torch, "__version__", "1.0")
+        train.setup_distributed(there)
     monkeypatch.setattr(train, "gather", lambda mine: [mine, seen[0]])
-    with pytest.raises(ValueError, match=said):
-        train.check_alike(args, cpu, one, one)
-    monkeypatch.setattr(train, "gather", lambda mine: [mine, seen[1]])
-    train.check_alike(args, cpu, one, one)
+    if said is None:
+        assert train.setup_distributed(here)[3] == "launch"
+    else:
+        with pytest.raises(ValueError, match=said):
+            train.setup_distributed(here)
+
+
+class Store:
+    """What setup_distributed asks of torch's."""
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return key.encode()
+
+
+@pytest.mark.parametrize("change", ["keypoints", "labels to train on", "labels to evaluate",
+                                    "first weights", "teacher"])
+def test_machines_whose_files_differ_are_refused(data, tmp_path, monkeypatch, change):
+    """Of the same names and sizes: sigmas of the category, a box, a weight."""
+    def at(folder: Path, changed: bool) -> argparse.Namespace:
+        folder.mkdir()
+        shutil.copytree(data, folder / "people")
+        for split in "train", "val":
+            path = folder / f"people/annotations/person_keypoints_{split}2017.json"
+            labels = json.loads(path.read_text())
+            if changed and change == "keypoints":
+                labels["categories"][0]["sigmas"] = 17 * [0.1]
+            if changed and change[10:] == {"train": "train on", "val": "evaluate"}[split]:
+                labels["annotations"][0]["bbox"][2] += 1
+            path.write_text(json.dumps(labels))
+        torch.manual_seed(0)
+        model = YoloNasPose("n")
+        for name in "first weights", "teacher":
+            with torch.no_grad():
+                model.neck.neck1.conv.bn.bias += changed and change == name
+            torch.save({"format": "nanopose", "args": {"model": "n"}, "skeleton": {
+                "names": COCO_NAMES}, "model": model.state_dict()}, folder / f"{name}.pt")
+        args = train.parse_args(["--data", str(folder / "people"), "--teacher", str(
+            folder / "teacher.pt"), "--weights", str(folder / "first weights.pt")])
+        train.fill_recipe(args)
+        return args
+
+    def start(args: argparse.Namespace) -> None:
+        train_set, _, _ = train.open_data(args, 0)
+        train.make_model(args, train_set.skeleton, torch.device("cpu"))
+    seen = []
+    monkeypatch.setattr(train, "gather", lambda mine: seen.append(mine) or [mine])
+    start(at(tmp_path / "there", True))
+    other = iter(seen)
+    monkeypatch.setattr(train, "gather", lambda mine: [mine, next(other)])
+    with pytest.raises(ValueError, match=f"^{change}: .* in process 1"):
+        start(at(tmp_path / "here", False))
 
 
 def test_a_folder_that_cannot_be_locked_is_used_and_said(tmp_path, monkeypatch, capsys):
@@ -364,8 +423,8 @@ def test_a_disk_that_does_not_answer_is_not_a_damaged_checkpoint(tmp_path, monke
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, monkeypatch, capsys):
     (tmp_path / "log.jsonl").touch()
     (tmp_path / "last.pt").write_bytes(b"noise")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="without a whole checkpoint .*last.pt.damaged"):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--data", "nowhere"])
+    with pytest.raises(SystemExit, match="held a run, whose checkpoints are damaged"):
         train.main()
     assert sorted(os.listdir(tmp_path)) == ["last.pt.damaged", "log.jsonl"]
 

@@ -512,6 +512,24 @@ def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_pa
     assert f"mask_IoU   {lines[-1]['mask_IoU']:.4f}" in said
 
 
+def test_micro_batches_of_unequal_size_are_one_batch(small):
+    """Three images and one against four, norms frozen, which would see other images."""
+    flags = parse_args(["--data", str(small / "people"), "--image-size", "64"])
+    fill_recipe(flags)
+    data, gradients = open_data(flags, 0)[0], []
+    for cut in ([range(4)], [range(3), range(3, 4)]):
+        torch.manual_seed(0)
+        model = YoloNasPose("n").double().eval()
+        flat = flat_gradients([p for p in model.parameters() if p.requires_grad], len(TERMS) + 3)
+        optimizer = make_optimizer("adamw", param_groups(model, 1e-3, 0.0), 0.9)
+        flags.accumulate = len(cut)
+        train_step(model, None, PoseLoss(torch.tensor(data.skeleton.sigmas)),
+                   iter([collate([data[0, i] for i in part]) for part in cut]), optimizer,
+                   torch.amp.GradScaler("cpu", enabled=False), flat, flags, 64, 4.0, False)
+        gradients.append(flat[0].clone())
+    assert torch.dist(*gradients) <= 1e-12 * gradients[0].norm()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_compiled_training_is_eager_training(dtype, tmp_path):
