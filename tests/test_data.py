@@ -76,8 +76,9 @@ def centroid_errors(sample: dict, zoom: float) -> list:
     return errors
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_colored_dots_stay_under_their_keypoints_through_everything_random(tmp_path, suffix):
+@pytest.mark.parametrize("suffix, cached", [(".png", False), (".jpg", False), (".jpg", True)])
+def test_colored_dots_stay_under_their_keypoints_through_everything_random(tmp_path, suffix,
+                                                                           cached):
     """No reference needed: the image itself says where a point went. Mosaic tiles included."""
     coco = dot_images(tmp_path, suffix)
     errors = []
@@ -85,6 +86,7 @@ def test_colored_dots_stay_under_their_keypoints_through_everything_random(tmp_p
         augment = augment._replace(**NO_COLOR, flip=0.5)
         for size in (128, 320):
             ds = dataset(coco, tmp_path, size, pad, augment, seed=1)
+            ds.cache = data.Cache(ds.annotations, ds.folder, size, "ram") if cached else None
             ds.skeleton = ds.skeleton._replace(flip=[0, 1, 2])  # colors do not trade places
             for epoch in range(6):
                 for i in range(len(ds)):
@@ -120,6 +122,70 @@ def test_padding_is_where_the_reference_puts_it():
     """160 x 120 px scaled to 96 is 96 x 72: centered it starts at row 12, else at row 0."""
     assert letterbox(160, 120, 96, "center")[:2].tolist() == [[0.6, 0, 0], [0, 0.6, 12]]
     assert letterbox(160, 120, 96, "bottom_right")[:2].tolist() == [[0.6, 0, 0], [0, 0.6, 0]]
+
+
+def test_what_is_random_happens_as_often_and_goes_as_far_as_it_says():
+    """The matrix taken apart: mirror, quarter turns, rotation, zoom, shift of the middle."""
+    augment = Augment(flip=0.3, rotate90=0.4, affine=0.7, degrees=6.0, scale=(0.5, 2.0),
+                      translate=0.2)
+    rng, n, found = np.random.default_rng(0), 4000, []
+    for _ in range(n):
+        matrix, width, height = data.random_geometry(300, 200, rng, augment)
+        flip = np.linalg.det(matrix[:2, :2]) < 0
+        x, y = matrix[:2, 0] * (-1 if flip else 1)  # where the image's right goes
+        angle = math.degrees(math.atan2(y, x))
+        turns = round(angle / 90) % 4
+        shift = (move(np.array([150, 100]), matrix) - (width / 2, height / 2)) / (width, height)
+        found.append([flip, turns, (angle + 45) % 90 - 45, math.hypot(x, y), *shift])
+        assert (width, height) == ((200, 300) if turns % 2 else (300, 200))
+    flips, turns, angles, zooms, dx, dy = np.array(found).T
+    assert flips.mean() == pytest.approx(0.3, abs=0.03)
+    assert [(turns == t).mean() for t in range(4)] == pytest.approx([0.7, 0.1, 0.1, 0.1], abs=0.03)
+    moved = np.abs(zooms - 1) > 1e-9
+    assert moved.mean() == pytest.approx(0.7, abs=0.03) and not angles[~moved].round(9).any()
+    for values, low, high in ((angles, -6, 6), (zooms, 0.5, 2.0), (dx, -0.2, 0.2), (dy, -0.2, 0.2)):
+        share = (values[moved] - low) / (high - low)  # evenly from end to end
+        assert np.quantile(share, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
+            [0, 0.25, 0.5, 0.75, 1], abs=0.03)
+        assert share.min() >= -1e-9 and share.max() <= 1 + 1e-9
+
+
+def test_colors_change_as_often_and_as_far_as_they_say():
+    """By what each change leaves alone: contrast the mean's hue, hue and saturation gray."""
+    off, n = Augment(contrast=0, hsv=0, bgr=0), 2000
+    mean, gray, red = np.array([90.0, 120, 60]), np.array([50.0, 50, 50]), np.array([200.0, 0, 0])
+
+    def matrices(**changes):
+        rng = np.random.default_rng(0)
+        return np.array([data.random_color(mean, rng, off._replace(**changes)) for _ in range(n)])
+
+    def spread(values, low, high):
+        assert np.quantile(values, [0, 0.5, 1]) == pytest.approx(
+            [low, (low + high) / 2, high], abs=0.03 * (high - low))
+    assert (matrices() == np.eye(3, 4)).all()
+    swapped = matrices(bgr=0.3)[:, 0, 0] == 0
+    assert swapped.mean() == pytest.approx(0.3, abs=0.04)
+    assert (matrices(bgr=1)[0] @ [*red, 1] == red[::-1]).all()
+    changed = matrices(contrast=0.6, contrast_range=0.2)
+    assert (changed != np.eye(3, 4)).any((1, 2)).mean() == pytest.approx(0.6, abs=0.04)
+    changed = matrices(contrast=1, contrast_range=0.2)
+    at_mean = changed @ [*mean, 1] / mean                                          # (n, 3)
+    np.testing.assert_allclose(at_mean, at_mean[:, :1].repeat(3, 1), rtol=1e-9)
+    spread(at_mean[:, 0], 0.8, 1.2)  # brightness
+    spread(changed[:, 0, 0], 0.8, 1.2)  # contrast
+    changed = matrices(hsv=1, hsv_gain=20)
+    at_gray = changed @ [*gray, 1] / 50
+    np.testing.assert_allclose(at_gray, at_gray[:, :1].repeat(3, 1), rtol=1e-9)
+    value = at_gray[:, 0]
+    assert (np.abs(value - 1) > 1e-9).mean() == pytest.approx(0.5, abs=0.04)
+    spread(value[np.abs(value - 1) > 1e-9], 0.8, 1.2)
+    r, g, b = (changed @ [*red, 1]).T / value[:, None].T
+    hue = np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b))
+    some = np.abs(hue) > 1e-6
+    assert some.mean() == pytest.approx(0.5, abs=0.04)
+    spread(hue[some], -40, 40)
+    saturation = (r - g)[~some] / 200  # of an unturned red: its distance from gray
+    spread(saturation[np.abs(saturation - 1) > 1e-9], 0.8, 1.2)
 
 
 def test_a_collage_meets_in_the_middle_row():
@@ -304,6 +370,36 @@ def test_pixels_are_those_of_the_slow_version(matrix, color):
     data.warp(canvas, image, matrix, region, color)
     want = slow_warp(image, matrix, region, 48, np.eye(3, 4) if color is None else color)
     assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= 0.51
+
+
+@pytest.mark.parametrize("pad", PAD_MODES)
+def test_masks_lie_on_their_people_through_everything_random(tmp_path, pad):
+    """People are red: the image says where the mask must be, mosaic tiles and mixup included."""
+    images, people, rng = [], [], np.random.default_rng(0)
+    for i in range(5):
+        width, height = (200, 140) if i % 2 else (120, 180)
+        x1, y1 = (rng.uniform(0.1, 0.4, 2) * (width, height)).round().tolist()
+        x2, y2 = (rng.uniform(0.6, 0.9, 2) * (width, height)).round().tolist()
+        pixels = np.full((height, width, 3), 127, np.uint8)
+        pixels[int(y1):int(y2), int(x1):int(x2)] = 255, 0, 0
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        people.append({"id": i + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "area": 1.0,
+                       "bbox": [x1, y1, x2 - x1, y2 - y1], "num_keypoints": 0, "keypoints": 9 * [0],
+                       "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]]})
+    coco, agree = labels(images, people), 0
+    ds = CocoPose(flatten(coco, masks=True), str(tmp_path), read_skeleton(coco, ""), 128, pad,
+                  MOSAIC_HEAVY._replace(**NO_COLOR, mixup=0.5))
+    for sample in (ds[epoch, i] for epoch in range(10) for i in range(5)):
+        red = (sample["image"][..., 0].astype(int) - sample["image"][..., 1] > 40).reshape(
+            64, 2, 64, 2).mean((1, 3))                                            # (64, 64)
+        around = np.lib.stride_tricks.sliding_window_view(red, (5, 5))            # off any edge
+        for value in 0, 1:
+            inside = (around == value).all((2, 3))
+            wrong = (sample["mask"][2:-2, 2:-2][inside] != value).sum()
+            assert wrong <= 0.01 * inside.sum()  # where tiles meet in the middle of a mask's pixel
+            agree += inside.sum() * value
+    assert agree > 50 * 64 * 64 * 0.1
 
 
 def mask_of(pixels: np.ndarray) -> dict:

@@ -9,10 +9,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import COCO_NAMES, COCO_SIGMAS, PAD_MODES, CocoPose, collate, flatten, read_skeleton, undo
-from evaluate import (evaluate, keypoint_ap, load_model, look, open_split, quiet_coco, select,
-                      to_coco, val_batches)
-from model import YoloNasPose
+from data import COCO_NAMES, COCO_SIGMAS, PAD_MODES, CocoPose, collate, flatten, read_skeleton
+from evaluate import (detect, evaluate, keypoint_ap, load_model, look, open_split, people_in,
+                      quiet_coco, select, to_coco, val_batches)
+from model import Decoded, YoloNasPose
 from people import draw_dataset
 
 FOLDER = Path(__file__).parent
@@ -126,11 +126,14 @@ def test_labels_that_enter_after_nms_score_one(drawn, pad, size):
         by_image = {}
         for key in ((0, i) for i in range(min(len(dataset), 60))):
             _, targets = collate([dataset[key]])
-            people = targets["keypoints"][0]
-            people = people[(people[..., 2] > 0).any(-1) & ~targets["crowd"][0]].double().numpy()
-            people[..., :2] = undo(people[..., :2], targets["matrix"][0].numpy())
-            image_id = int(targets["image_id"])
-            by_image[image_id] = to_coco(image_id, 1, np.ones(len(people)), people)
+            boxes, people = targets["boxes"], targets["keypoints"]
+            labeled = (people[..., 2] > 0).any(-1) & ~targets["crowd"]                # (1, M)
+            told = Decoded(boxes, labeled.float(), people[..., :2], people[..., 2])
+            by_image |= detect(told, targets, 1, 0.5, 1.0)
+            found, scores, _ = people_in(told, 0, targets["matrix"][0].numpy(), 0.5, 1.0)
+            width, height = dataset.annotations.sizes[key[1]]
+            assert len(scores) == labeled.sum() and (found > -0.01).all()
+            assert (found < np.array([width, height, width, height]) + 0.01).all()
         assert keypoint_ap(quiet_coco(labels), by_image, COCO_SIGMAS)["AP"] >= 1 - 1e-9
 
 

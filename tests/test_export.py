@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import export
-from data import COCO_EDGES, COCO_NAMES, read_skeleton
-from evaluate import load_model, select
+from data import COCO_EDGES, COCO_NAMES, COCO_SIGMAS, read_skeleton
+from evaluate import load_model, look, select
 from model import YoloNasPose
 from people import draw_dataset
 
@@ -61,9 +61,10 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
     for b, height, width in ((1, 96, 96), (3, 64, 160), (2, 192, 128)):
         images = torch.randint(256, (b, 3, height, width), dtype=torch.uint8)
         with torch.no_grad():
-            for want, found in zip(eager(images), run(images)):
-                assert want.shape == found.shape
-                np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
+            same = zip(look(model, images)[0], eager(images), run(images))
+        for want, traced, found in same:
+            assert want.shape == found.shape and torch.equal(want, traced)  # in [0, 1], too
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
     if kind == "pt2":
         extra = {"nanopose.json": ""}
         torch.export.load(path, extra_files=extra)
@@ -71,9 +72,11 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
     else:
         import onnx
         inside = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
-    assert inside["names"] == COCO_NAMES
-    assert inside["image_size"] == 96 and inside["pad"] == "center"
-    assert inside["edges"][0] == [15, 13] and inside["flip"][1] == 2 and inside["iou"] == 0.7
+    assert inside == {
+        "names": COCO_NAMES, "sigmas": COCO_SIGMAS,
+        "edges": [[a - 1, b - 1] for a, b in COCO_EDGES],
+        "flip": [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15], "image_size": 96,
+        "pad": "center", "conf": 0.01, "iou": 0.7, "pre": 300, "post": 20}
 
 
 def test_the_nms_of_the_docstring_is_evaluates():

@@ -334,6 +334,25 @@ def test_a_wider_tolerance_is_that_of_wider_sigmas():
     want, _ = PoseLoss(3 * SIGMAS)(raw, decode(raw), targets)
     plain, _ = PoseLoss(SIGMAS)(raw, decode(raw), targets)
     assert wide == want and wide["pose_reg"] < plain["pose_reg"]
+    moved = raw._replace(kpt_offsets=raw.kpt_offsets + 0.1)
+    wide, want, plain = (
+        PoseLoss(sigmas).distill(moved, decode(moved), raw, decode(raw), *scale)["kd_pose"]
+        for sigmas, scale in ((SIGMAS, [3.0]), (3 * SIGMAS, []), (SIGMAS, [])))
+    assert wide == want < plain
+
+
+def test_the_loss_itself_teaches_people_whose_keypoints_are_far_off():
+    """One anchor, its box 128 x 128 px, somebody's 128 x 96: IoU 3/4. OKS is 0 and counts as 0.1;
+    under the reference's rule nobody is there to learn."""
+    raw = RawOutput(torch.zeros(1, 1), torch.zeros(1, 1, 4, BINS), torch.zeros(1, 1, 1, 2),
+                    torch.zeros(1, 1, 1), torch.full((1, 2), 4.0), torch.full((1, 1), 8.0))
+    target = {"boxes": torch.tensor([[[-60.0, -60, 68, 36]]]), "crowd": torch.zeros(1, 1) > 0,
+              "keypoints": torch.tensor([[[[60.0, 30, 2]]]])}
+    for reference, want in ((False, 0.75 * 0.1), (True, 0)):
+        criterion = PoseLoss(torch.tensor([0.025]), reference=reference)
+        terms, scores = criterion(raw, decode(raw), target)
+        assert scores.item() == pytest.approx(want, abs=1e-6)
+        assert terms["pose_reg"].item() == pytest.approx(34 * want, rel=1e-5, abs=1e-4)
 
 
 def test_label_smoothing_moves_the_class_target_towards_a_half():

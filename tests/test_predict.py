@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import COCO_EDGES, COCO_NAMES, read_skeleton
+from data import COCO_EDGES, COCO_NAMES, CocoPose, collate, flatten, read_skeleton
 from draw import LEFT, MIDDLE, RIGHT, draw_people
-from evaluate import load_model, quiet_coco
+from evaluate import load_model, look, people_in, quiet_coco
 from model import Decoded, YoloNasPose
 from predict import find_images, main, out_names, predict
 
@@ -57,6 +57,24 @@ def test_a_batch_is_its_images_one_by_one(weights):
         for a, b in zip(found, alone):
             np.testing.assert_allclose(a, b, atol=1e-3)
         assert (found[0] >= 0).all() and (found[0].reshape(-1, 2) <= image.size).all()
+
+
+@pytest.mark.parametrize("pad", ["center", "bottom_right"])
+@pytest.mark.parametrize("size", [(500, 290), (90, 410), (60, 40)])
+def test_a_photo_of_any_size_is_seen_as_evaluation_sees_it(weights, tmp_path, size, pad):
+    """The loader's pixels are proven in test_data.py; reduced by powers of two where it can."""
+    photo(*size).save(tmp_path / "a.png")
+    coco = {"images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}],
+            "annotations": [], "categories": [{"keypoints": COCO_NAMES}]}
+    model, file = load_model(weights, pad=pad)
+    dataset = CocoPose(flatten(coco), str(tmp_path), read_skeleton(coco), 96, pad)
+    images, targets = collate([dataset[0, 0]])
+    out, _ = look(model, images)
+    want = people_in(out, 0, targets["matrix"][0].numpy(), 0.1, 0.7, 2000, 300)
+    found, = predict(model, file, [Image.open(tmp_path / "a.png")], conf=0.1)
+    assert len(found[1]) > 0
+    for a, b in zip(found, (want[0].clip(0, size * 2), *want[1:])):
+        np.testing.assert_allclose(a, b, atol=1e-3)
 
 
 def test_a_crowd_is_not_cut_to_the_20_that_coco_scores(weights, monkeypatch):

@@ -161,6 +161,17 @@ def test_an_automatic_warmup_leaves_half_of_a_short_run(epochs, warmup, restarts
     assert make_plan(args, 100, 10)[1].warmup == steps
 
 
+def test_drops_are_asked_for_in_epochs_and_planned_in_steps():
+    """95 images in steps of 10: 9.5 steps an epoch; the rate drops at the first step after it."""
+    args = parse_args(["--epochs", "8", "--warmup", "5", "--schedule", "step", "--lr-steps", "2,5",
+                       "--lr-factor", "0.2"])
+    fill_recipe(args)
+    ends, plan = make_plan(args, 95, 10)
+    assert [lr_share(step, plan) for step in (18, 19, 47, 48, 75)] == pytest.approx(
+        [1, 0.2, 0.2, 0.04, 0.04])
+    assert max(ends) == plan.total_steps == 76
+
+
 def test_a_dynamic_warmup_ends_with_the_cycle():
     for most, end in ((math.inf, 21), (12, 12), (5, 7)):
         warmup = WarmupEnd(7, True, most)
@@ -194,7 +205,7 @@ def test_keypoint_tolerance_shrinks_evenly_to_sigma():
 def test_ema_decays_are_the_closed_forms():
     assert ema_decay("threshold", 0.997, 1, 100) == 2 / 11
     assert ema_decay("threshold", 0.997, 10_000, 100) == 0.997
-    assert ema_decay("exp", 0.997, 50, 100, beta=50) == 0.997 * (1 - math.exp(-25))
+    assert ema_decay("exp", 0.997, 2, 100) == 0.997 * (1 - math.exp(-1))
     assert ema_decay("constant", 0.9, 1, 100) == 0.9
     with pytest.raises(ValueError, match="choose threshold"):
         ema_decay("linear", 0.9, 1, 100)

@@ -15,9 +15,10 @@ from PIL import Image
 
 import evaluate
 import train
-from data import COCO_NAMES, FLIP, MOSAIC_HEAVY, DataError, Skeleton, collate
+from data import (COCO_NAMES, FLIP, MOSAIC_HEAVY, CocoPose, DataError, Skeleton, collate, flatten,
+                  read_json, read_skeleton)
 from evaluate import load_model
-from loss import TERMS, PoseLoss
+from loss import TERMS, LossWeights, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
@@ -135,6 +136,135 @@ def test_a_gpu_that_only_emulates_bf16_is_told_to_take_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
     with pytest.raises(ValueError, match="older than Ampere, only emulates it; use fp16"):
         make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cuda"))
+
+
+def plain_loop(people: Path, kind: str, teacher) -> tuple[dict, dict]:
+    """Weights and average after three steps of the run below, each rule written out. All steps
+    are clipped, so what they are divided by does not matter here."""
+    labels = read_json(f"{people}/annotations/person_keypoints_train2017.json")
+    data = CocoPose(flatten(labels), f"{people}/train2017", read_skeleton(labels), 64, "center")
+    criterion = PoseLoss(torch.tensor(data.skeleton.sigmas), LossWeights(dfl=0.3, pose_reg=20.0),
+                         label_smoothing=0.2)
+    torch.manual_seed(0)
+    model = YoloNasPose("n").double()
+    norms = [name for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    average = {name: t.clone() for name, t in model.state_dict().items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in "mv")
+    order = np.concatenate([np.random.default_rng((0, epoch)).permutation(10) for epoch in (0, 1)])
+    for step, (share, wide, beta, decay) in enumerate((
+            (0.5, 4.0, 0.8, 2 / 11), (0.75, 2.0, 0.85, 0.25), (1.0, 1.0, 0.9, 0.25))):
+        model.zero_grad()
+        for place in (4 * step, 4 * step + 2):
+            images, targets = collate([data[0, i] for i in order[place:place + 2]])
+            x = images.double() / 255
+            raw = model(x).promote()
+            terms, _ = criterion(raw, decode(raw), targets, wide)
+            loss = sum(terms.values())
+            if teacher:
+                with torch.no_grad():
+                    told = teacher(x).promote()
+                loss = loss + 0.5 * sum(criterion.distill(raw, decode(raw), told, decode(told),
+                                                          wide).values())
+            loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in trained.values()]).norm()
+        for name, p in trained.items():
+            g, m, v = p.grad * 2 / norm, first[name], second[name]
+            rate = 0.01 * 4 / 8 * (0.1 if name.startswith("backbone") else 1)
+            plain = name.endswith("bias") or name.rpartition(".")[0] in norms
+            shrink = 0 if plain else 0.05
+            if kind == "adamw":
+                m += (1 - beta) * (g - m)
+                v += 0.001 * (g * g - v)
+                p.data *= 1 - rate * share * shrink
+                p.data -= rate * share * m / (1 - beta ** (step + 1)) / (
+                    (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            else:
+                biases = 20 - 19 * step / 2 if name.endswith("bias") and step < 2 else share
+                g = g + shrink * p.data
+                m.copy_(beta * m + g if step else g)
+                p.data -= rate * biases * (g + beta * m)
+        for name, t in model.state_dict().items():
+            average[name] = t.clone() if "num" in name else decay * average[name] + (1 - decay) * t
+    return model.state_dict(), average
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_run_is_a_plain_loop(small, tmp_path, monkeypatch, capsys, kind):
+    """Order, tolerance, weights of terms, clipping, rates, decay, momentum, average. Adam divides
+    small gradients by themselves, and their rounding with them."""
+    rounding = {"adamw": 1e-5, "sgd": 1e-9}[kind]
+    distill = ["--teacher", small / "run/best.pt", "--distill-weight", 0.5]
+    sgd = ["--optimizer", "sgd", "--warmup-bias-lr", 0.1]
+    here(monkeypatch, capsys, train, "--data", small / "people", "--out", tmp_path, "--double",
+         "--image-size", 64, "--batch-size", 2, "--accumulate", 2, "--epochs", 4, "--max-steps", 3,
+         "--eval-every", 9, "--workers", 0, "--augment", "none", "--lr", 0.01, "--lr-batch", 8,
+         "--warmup", 2, "--warmup-start", 0.5, "--warmup-momentum", 0.8, "--momentum", 0.9,
+         "--lr-mult", "backbone=0.1", "--weight-decay", 0.05, "--clip-norm", 2, "--ema-decay", 0.25,
+         "--sigma-start", 4, "--sigma-epochs", 0.8, "--label-smoothing", 0.2, "--dfl-weight", 0.3,
+         "--pose-weight", 20, *(distill if kind == "adamw" else sgd))
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    model = load_model(str(small / "run/best.pt"))[0]
+    teacher = model.fuse().double() if kind == "adamw" else None
+    by_hand = plain_loop(small / "people", kind, teacher)
+    for want, found in zip(by_hand, (last["model"], last["ema"])):
+        for name, t in want.items():
+            if t.is_floating_point():
+                assert (found[name] - t).norm() <= rounding * t.norm() + 1e-12, name
+            else:
+                assert found[name] == t, name
+
+
+def test_a_steps_gradient_is_divided_once_by_its_scores_then_clipped(small):
+    args = parse_args(["--data", str(small / "people"), "--image-size", "64", "--accumulate", "2",
+                       "--batch-size", "2", "--augment", "none"])
+    fill_recipe(args)
+    data = open_data(args, 0)[0]
+    batches = [collate([data[0, i] for i in half]) for half in ((0, 1), (2, 3))]
+    criterion = PoseLoss(torch.tensor(data.skeleton.sigmas))
+    torch.manual_seed(0)
+    model, total = YoloNasPose("n").double(), 0.0
+    for images, targets in batches:
+        raw = model(images.double() / 255).promote()
+        terms, scores = criterion(raw, decode(raw), targets, 8.0)
+        sum(terms.values()).backward()
+        total += scores.item()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    want = torch.cat([p.grad.flatten() for p in parameters]) / total
+    flat = flat_gradients(parameters, len(TERMS) + 3)
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    assert total > 1.1
+    for share in (3, 1 / 3):
+        args.clip_norm = share * want.norm().item()
+        done = train_step(model, None, criterion, iter(batches), optimizer,
+                          torch.amp.GradScaler("cpu", enabled=False), flat, args, 64, 8.0, False)
+        found = torch.cat([p.grad.flatten() for p in parameters])
+        assert (found - min(share, 1) * want).norm() <= 1e-9 * want.norm()
+        assert (done.norm, done.sums[0]) == pytest.approx((want.norm().item(), total), rel=1e-9)
+
+
+def test_the_reference_recipe_reaches_loss_labels_and_tolerance(small):
+    for recipe, exact in (("reference", True), ("nanopose", False)):
+        args = parse_args(["--data", str(small / "people"), "--recipe", recipe])
+        fill_recipe(args)
+        train_set, val_set, _ = open_data(args, 0)
+        criterion = make_model(args, train_set.skeleton, torch.device("cpu"))[2]
+        assert (criterion.reference, criterion.oks_floor) == (exact, 0.0 if exact else 0.1)
+        assert train_set.keep_ignored != exact and (args.sigma_epochs == 0) == exact
+        assert (train_set.pad, val_set.pad) == ("center", "bottom_right")
+
+
+def test_only_people_leaves_the_images_to_evaluate_alone(small, tmp_path):
+    """Images that show nobody count in AP; they are left out of training only."""
+    shutil.copytree(small / "people", tmp_path / "people")
+    for path in (tmp_path / "people" / "annotations").iterdir():
+        labels = json.loads(path.read_text())
+        labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] != 1]
+        path.write_text(json.dumps(labels))
+    args = parse_args(["--data", str(tmp_path / "people"), "--only-people"])
+    fill_recipe(args)
+    train_set, val_set, truth = open_data(args, 0)
+    assert (len(train_set), len(val_set), len(truth.imgs)) == (9, 6, 6)
 
 
 def test_where_nothing_says_so_a_run_goes_to_runs_train(small, tmp_path, monkeypatch, capsys):
@@ -346,6 +476,30 @@ def test_every_recipe_value_says_where_it_came_from():
     assert {size: (row["lr"], row["lr_batch"], row["batch_size"]) for size, row in RECIPES.items()
             } == {"n": (2e-3, 480, 60), "s": (2e-3, 384, 48), "m": (1e-4, 256, 32),
                   "l": (8e-5, 192, 24)}
+
+
+@pytest.mark.parametrize("size", RECIPES)
+def test_recipes_are_the_originals(size):
+    row, large = RECIPES[size], size in "ml"
+    want = {"dfl_weight": 0.5, "pose_weight": 10, "ema": "exp", "augment": "heavy"} if large else {
+        "dfl_weight": 0.01, "pose_weight": 34, "ema": "threshold", "augment": "mosaic"}
+    want |= {"ema_decay": 0.997, "weight_decay": 1e-6, "momentum": 0.9, "image_size": 640,
+             "epochs": 1000, "patience": 100, "final_ratio": 0.05, "eval_every": 1}
+    assert {name: row[name] for name in want} == want
+
+
+def test_a_part_thaws_after_its_epochs_in_a_run(small, tmp_path, monkeypatch, capsys):
+    """10 images in steps of 2: epoch 0 is steps 0 to 4."""
+    flags = ["--data", small / "people", "--image-size", 64, "--batch-size", 2, "--epochs", 2,
+             "--warmup", 0, "--workers", 0, "--freeze", "backbone:1", "--eval-every", 9]
+    torch.manual_seed(0)
+    first = YoloNasPose("n").state_dict()
+    for steps, learns in ((5, False), (6, True)):
+        here(monkeypatch, capsys, train, *(flags if steps == 5 else ["--resume"]), "--out",
+             tmp_path / "run", "--max-steps", steps)
+        now = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+        moved = {name.split(".")[0] for name in first if not torch.equal(first[name], now[name])}
+        assert ("backbone" in moved) == learns and {"neck", "heads"} <= moved
 
 
 @pytest.mark.parametrize("strength, base", [("heavy", MOSAIC_HEAVY), ("flip", FLIP)])
