@@ -166,6 +166,7 @@ def test_noise_in_an_image_is_one_named_error(tmp_path, suffix):
     Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 70, 3), dtype=np.uint8)
                     ).save(path)
     good = path.read_bytes()
+    assert open_image(str(path), 70, 90, 0.4)[0].shape == (45, 35, 3)
     for seed in range(int(os.environ.get("FUZZ", 200))):
         path.write_bytes(spoilt_bytes(good, np.random.default_rng(seed)))
         try:
@@ -179,11 +180,14 @@ def test_noise_in_an_image_is_one_named_error(tmp_path, suffix):
 def test_noise_in_a_json_is_one_named_error(tmp_path):
     path = tmp_path / "x.json"
     good = json.dumps(random_set(tmp_path, np.random.default_rng(3))).encode()
+    path.write_bytes(good)
+    coco = read_json(str(path))
+    assert len(flatten(coco).ids) and read_skeleton(coco).names  # without noise nothing is wrong
     for seed in range(int(os.environ.get("FUZZ", 300))):
         path.write_bytes(spoilt_bytes(good, np.random.default_rng(seed)))
         try:
             coco = read_json(str(path))
-            flatten(coco, masks=True), read_skeleton(coco)
+            flatten(coco), read_skeleton(coco)
         except ValueError as error:
             assert "\n" not in str(error)
 
