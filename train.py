@@ -354,7 +354,7 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
                             world_size=world_size, store=dist.PrefixStore(
                                 name_of_start(store, rank, world_size, wait), store))
-    may_differ = ("out", "weights", "teacher", "workers", "given")  # paths; weights come later
+    may_differ = ("out", "weights", "teacher", "workers", "given")  # paths; files come later
     check_alike({"torch": torch.__version__, "device": device.type} | {
         f"--{name.replace('_', '-')}": bool(value) if name in PATHS else value
         for name, value in vars(args).items() if name not in may_differ})
@@ -698,16 +698,16 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     report = {}
     if args.weights and not args.resume:
         report = load_weights(model, args.weights, skeleton.names, COCO_NAMES)
+    model.load_state_dict(from_rank_0(model.state_dict()))  # other CPUs may draw other last bits
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
         check_names(f"--teacher {args.teacher}", file["skeleton"]["names"], skeleton.names)
+        check_alike({"teacher": fingerprint(t.numpy() for t in teacher.state_dict().values())})
         teacher = teacher.fuse().to(**place)
     criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
                          LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
                          reference=args.recipe == "reference", label_smoothing=args.label_smoothing)
     criterion.terms += MASK_TERMS * args.mask + DISTILL_TERMS * bool(teacher)
-    for name, net in (("first weights", model), ("teacher", teacher)):
-        check_alike({name: net and fingerprint(t.cpu().numpy() for t in net.state_dict().values())})
     model = model.to(**place)
     return sync_batch_norm(model) if sync else model, teacher, criterion, report
 
