@@ -256,9 +256,9 @@ def wait_for(run: subprocess.Popen, out: Path, lines: int) -> None:
 
 def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_path):
     """Each ends the run, in one line where it can be seen; it goes on to an unbroken run's bits."""
-    whole = start(*flags_for(data, tmp_path / "whole", "--epochs", 3, "--workers", 1))
+    whole = start(*flags_for(data, tmp_path / "whole", "--epochs", 2, "--workers", 1))
     out = tmp_path / "run"
-    run = start(*flags_for(data, out, "--epochs", 3, "--workers", 1))
+    run = start(*flags_for(data, out, "--epochs", 2, "--workers", 1))
     wait_for(run, out, 2)
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
     said = run.communicate(timeout=60)[1]
@@ -274,10 +274,13 @@ def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_
     assert run.returncode == 1 and "DataLoader worker" in said and "--workers" in said
     assert len(said.splitlines()) == 1
 
+    def in_a_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     before, (terminal, inside) = checkpoint(out)["step"], pty.openpty()
     run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", str(out), "--resume"],
                            stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                           preexec_fn=in_a_terminal,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     os.close(inside)
     said = b""
