@@ -557,8 +557,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
 
 def main() -> None:
     p = argparse.ArgumentParser(description="Show runs of train.py in the same charts.")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folder with a log.jsonl")
-    p.add_argument("--out", default="runs.html", metavar="FILE", help="default: runs.html")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with a log.jsonl")
+    p.add_argument("--out", default="runs.html", metavar="FILE", help="page; default: runs.html")
     args = p.parse_args()
     if not args.out.endswith(".html"):
         p.error(f"--out {args.out} must end in .html")

@@ -562,13 +562,13 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float,
     Exits with code 2 and one line of advice if a value cannot work.
     """
     add, p.usage = p.add_argument, p.usage or "%(prog)s [flags]"
-    add("--weights", required=True, metavar="FILE", help="of train.py, or official")
-    add("--model", choices=[*SIZES], help="for an official checkpoint")
-    add("--image-size", type=int, help="px; default: the checkpoint's, else 640")
-    add("--pad", choices=PAD_MODES, help="default: the checkpoint's, else bottom_right")
-    add("--batch-size", type=int, default=batch_size, help="images at a time; default: %(default)s")
+    add("--weights", required=True, metavar="FILE", help="checkpoint of train.py, or official")
+    add("--model", choices=[*SIZES], help="size, for an official checkpoint")
+    add("--image-size", type=int, help="in px; default: the checkpoint's, else 640")
+    add("--pad", choices=PAD_MODES, help="default: checkpoint's, else bottom_right")
+    add("--batch-size", type=int, default=batch_size, help="images per pass; default: %(default)s")
     add("--conf", type=float, default=conf, help="smallest person score; default: %(default)s")
-    add("--iou", type=float, default=0.7, help="NMS: largest overlap; default: %(default)s")
+    add("--iou", type=float, default=0.7, help="largest NMS overlap; default: %(default)s")
     args = p.parse_args(argv)
     if args.image_size is not None and (args.image_size % 32 or args.image_size < 32):
         p.error(f"--image-size {args.image_size} must be a multiple of 32, the largest stride")
@@ -584,19 +584,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this file; as parse."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--data", metavar="DIR", help="as of train.py")
+    add("--data", metavar="DIR", help="COCO root, as in train.py")
     add("--split", default="val2017", help="default: %(default)s")
-    add("--json", metavar="FILE", help="labels, with --images instead of --data")
+    add("--json", metavar="FILE", help="labels; with --images, replaces --data")
     add("--images", metavar="DIR", help="folder of the images that --json names")
-    add("--sigmas", type=numbers, metavar="X,X,...", help="of AP; default: the checkpoint's")
+    add("--sigmas", type=numbers, metavar="X,X,...", help="for AP; default: checkpoint's")
     add("--workers", type=int, default=2, help="loader processes; default: %(default)s")
-    add("--flip-test", action="store_true", help="see mirror images too, and join; twice as slow")
-    add("--amp", choices=["no", "bf16"], default="no", help="autocast; default: %(default)s")
+    add("--flip-test", action="store_true", help="combine with mirror images; twice as slow")
+    add("--amp", choices=["no", "bf16"], default="no", help="autocast type; default: %(default)s")
     add("--fuse", action="store_true", help="fold branches and norms: same AP, faster")
-    add("--metrics", metavar="FILE", help="write the numbers as json")
+    add("--metrics", metavar="FILE", help="write the metrics as json")
     add("--results", metavar="FILE", help="write the detections as COCO results")
-    add("--card", metavar="FILE.html", help="write a page: what is right and wrong with the "
-        "detections, and why AP is what it is; its numbers as FILE.json")
+    add("--card", metavar="FILE.html", help="write a page that explains AP: which detections "
+        "are right and wrong, and why; its numbers go to FILE.json")
     args = parse(p, argv, 0.01, 16)
     if args.workers < 0:
         p.error(f"--workers {args.workers} must be 0 or more")

@@ -190,15 +190,15 @@ def parse_args() -> argparse.Namespace:
     """Read the command line; exit with one line of advice if a value cannot work."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--format", required=True, choices=["onnx", "pt2"], help="pt2 is PyTorch's")
-    add("--out", metavar="FILE", help="default: beside --weights, best.onnx or so")
-    add("--int8", action="store_true", help="onnx in 8 bits, with ranges from --data")
-    add("--data", metavar="DIR", help="COCO root whose images the file is compared on, or noise")
-    add("--split", default="val2017", help="compared and scored; default: %(default)s")
-    add("--train-split", default="train2017", help="ranges of int8; default: %(default)s")
+    add("--format", required=True, choices=["onnx", "pt2"], help="pt2 is PyTorch's own format")
+    add("--out", metavar="FILE", help="default: next to --weights, like best.onnx")
+    add("--int8", action="store_true", help="quantize ONNX to 8 bits, with ranges from --data")
+    add("--data", metavar="DIR", help="COCO root; compare on its images (default: noise)")
+    add("--split", default="val2017", help="to compare and score on; default: %(default)s")
+    add("--train-split", default="train2017", help="for the int8 ranges; default: %(default)s")
     for name in ("json", "images", "train-json", "train-images"):
         add(f"--{name}", metavar="DIR" if "images" in name else "FILE",
-            help="instead of --data" + "; ranges of int8" * name.startswith("train"))
+            help="instead of --data" + "; for int8 ranges" * name.startswith("train"))
     args = parse(p, None, 0.01, 16)
     given = [bool(x) for x in (args.json, args.images, args.train_json, args.train_images)]
     if any(given) and (args.data or not all(given[:4 if args.int8 else 2])):

@@ -183,9 +183,9 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("root", metavar="DIR", help="must not exist")
-    for name, value, text in (("train", 2000, "images to train on"), ("val", 200, "to evaluate"),
-                              ("side", 128, "of an image, px"), ("seed", 0, "of the drawings")):
+    p.add_argument("root", metavar="DIR", help="folder to create; must not exist")
+    for name, value, text in (("train", 2000, "images to train on"), ("val", 200, "to evaluate on"),
+                              ("side", 128, "side of an image, px"), ("seed", 0, "random seed")):
         p.add_argument(f"--{name}", type=int, default=value, help=f"{text}; default: {value}")
     args = p.parse_args()
     if os.path.exists(args.root) or not args.root:

@@ -80,13 +80,13 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                 usage="%(prog)s --weights FILE SOURCE ... [flags]")
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")
-    p.add_argument("--out", default="runs/predict", metavar="DIR", help="of the pictures, a.jpg; "
-                   "of a second file called a, a_2.jpg; default: %(default)s")
-    p.add_argument("--results", metavar="FILE", help="write COCO results, one a person; image_id "
-                   "is the file's name if all are numbers, else its place, counted from 0; "
-                   "file_name is the path as given, category_id 1; keypoints are pixel indices as "
-                   "in COCO, 0.5 less than predict()'s; box is not")
-    p.add_argument("--sheet", action="store_true", help="also the first 16 pictures on a sheet.jpg")
+    p.add_argument("--out", default="runs/predict", metavar="DIR", help="folder of the pictures; "
+                   "two files called a become a.jpg and a_2.jpg; default: %(default)s")
+    p.add_argument("--results", metavar="FILE", help="write COCO results, one per person; image_id "
+                   "is the file's name if all are numbers, else its place, from 0; file_name is "
+                   "the path as given, category_id 1; keypoints are pixel indices as in COCO, 0.5 "
+                   "less than those of predict(); box is not shifted")
+    p.add_argument("--sheet", action="store_true", help="put the first 16 pictures on sheet.jpg")
     args = parse(p, None, 0.3, 8)
     check_places(p, [args.results], [args.weights])
     return args
