@@ -71,6 +71,10 @@ RECORDS = {"categories": {"id": int, "name": str},
 class DataError(ValueError):
     """An image file cannot be used; the message says which and why."""
 
+    def __str__(self) -> str:
+        """One line: from a loader process, the traceback there comes before it."""
+        return super().__str__().strip().splitlines()[-1].removeprefix("data.DataError: ")
+
 
 class Skeleton(NamedTuple):
     """What belongs to a keypoint set; plain lists, so that it fits into a checkpoint."""
@@ -279,7 +283,8 @@ def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annot
 
 def fingerprint(arrays: Iterable) -> str:
     """The same for the same arrays: of Annotations, images and people, wherever the files lie."""
-    return hashlib.sha256(b"".join(map(bytes, arrays))).hexdigest()[:12]
+    return hashlib.sha256(b"".join(
+        a if isinstance(a, bytes) else a.tobytes() for a in arrays)).hexdigest()[:12]
 
 
 def check_files(files: np.ndarray, folder: str) -> None:
@@ -837,7 +842,8 @@ def stop_workers() -> None:
     """End all loader processes: as they ignore signals, the interpreter would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # others would be a program's own, which waits for them
+            process.kill()
 
 
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:

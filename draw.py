@@ -271,20 +271,22 @@ def write_text(path: str, text: str) -> None:
 
 
 def read_log(folder: str) -> list[dict]:
-    """The lines of a run's log.jsonl. Raises ValueError and OSError."""
+    """The lines of a run's log.jsonl; damaged ones are named and left out, as by a copy that was
+    made while the run wrote. Raises ValueError if none is left, and OSError."""
     path, lines = os.path.join(folder, "log.jsonl"), []
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} not found; expected a folder that train.py wrote")
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for number, text in enumerate(f, 1):
             try:
-                lines.append(dict(json.loads(text)))
-                lines[-1]["step"] + lines[-1].get("loss", 0) + 0  # numbers?
+                line = dict(json.loads(text))
+                line["step"] + line.get("loss", 0) + 0  # numbers?
+                lines.append(line)
             except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}: line {number} is {text[:40].strip()!r}, expected json "
-                                 f"with a step; remove it if it was cut off") from None
+                say(f"{path}: line {number} is {text[:40].strip()!r}, expected json with a step; "
+                    f"left out", sys.stderr)
     if not lines:
-        raise ValueError(f"{path} is empty; wait for the run's first line, at step 5")
+        raise ValueError(f"{path} has no line yet; wait for the run's first one, at step 5")
     return lines
 
 

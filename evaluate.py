@@ -633,7 +633,7 @@ def main() -> None:
                                      True, *how)
         took = time.monotonic() - start
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"evaluate.py: {error}")
     for name, value in metrics.items():
         print(f"{name:10} " + (f"{value:.4f}" if value != -1 else "nobody labeled"))
     if args.metrics:

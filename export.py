@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import BODY_SHARE_OF_BOX, CocoPose, collate, find_split
+from data import BODY_SHARE_OF_BOX, CocoPose, DataError, collate, find_split
 from evaluate import (check_places, detect, keypoint_ap, load_model, open_split, parse, quiet_coco,
                       seconds, select, val_batches)
 from model import Decoded, decode
@@ -239,7 +239,7 @@ def main() -> None:
             ranges = pixels(train_set, 32)
         folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
     except (ValueError, OSError) as error:
-        sys.exit(f"export.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"export.py: {error}")
     images = some[:2] + [torch.cat(some[i:i + 3]) for i in range(2, len(some), 3)]
     images += [F.pad(image, (0, 32, 0, 64)) for image in images]  # another size, and not square
     meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": args.conf,
@@ -257,7 +257,10 @@ def main() -> None:
             files = [written, os.path.join(folder.name, "int8.onnx")]
             to_int8(*files, ranges, file["skeleton"]["sigmas"])
             for written in files:
-                ap = average_precision(open_file(written), val_set, labels, args)
+                try:
+                    ap = average_precision(open_file(written), val_set, labels, args)
+                except DataError as error:
+                    sys.exit(f"export.py: {error}")
                 run = open_file(written, threads=1)
                 print(f"{os.path.basename(written):12} AP {ap:.4f}  "
                       f"{os.path.getsize(written) / 1e6:.2f} MB  "

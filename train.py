@@ -507,12 +507,13 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         with half:
             raw = model(images)
         raw = raw.promote()  # the assigner takes a 6th power, which is 0 in half precision
-        terms, score_sum = criterion(raw, decode(raw), targets, sigma_scale)
+        decoded = decode(raw)
+        terms, score_sum = criterion(raw, decoded, targets, sigma_scale)
         if teacher:
             with torch.no_grad(), half:
                 told = teacher(images).promote()
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
-                raw, decode(raw), told, decode(told), sigma_scale).items()}
+                raw, decoded, told, decode(told), sigma_scale).items()}
         assert terms.keys() == set(criterion.terms), "a term that loss.py's TERMS do not name"
         # Summed losses are large for float16; a constant keeps them in range and cancels below.
         scaler.scale(sum(terms.values()) / args.batch_size).backward()
@@ -598,11 +599,11 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: 
     if saved.get("labels", labels) != labels:  # older files do not say
         sys.exit(f"train.py: the run in {out} trains on other images or labels than those here; "
                  f"give it its own, or start a new run in another --out")
-    vars(at).update({name: saved[name] for name in vars(at)})
     try:
+        vars(at).update({name: saved[name] for name in vars(at)})
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: the run in {out} has another network, loss or optimizer; go on with "
                  f"the code that began it: {str(error).splitlines()[-1].strip()}")
     saved.clear()  # as large as model, average and optimizer
@@ -649,6 +650,7 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
         raise error
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if half:
+        os.makedirs(args.out, exist_ok=True)  # a node may have a disk of its own
         write_text(f"{args.out}/out_of_memory", str(half))  # processes come here together
         advice = (f"try --batch-size {half}" if args.dry_run else
                   f"go on with {half}, same images a step: --resume --out {shlex.quote(args.out)}")
@@ -946,8 +948,8 @@ def guarded_main() -> None:
     """main, with one line for what data and machines do to a run; all else keeps its traceback."""
     try:
         main()
-    except DataError as error:  # if a loader process met it, with that one's traceback
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    except DataError as error:
+        sys.exit(f"train.py: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise

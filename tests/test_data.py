@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -681,3 +682,26 @@ def test_any_color_mode_becomes_rgb(tmp_path, mode):
     coco = labels([{"id": 1, "file_name": f"a.{suffix}", "width": 300, "height": 200}], [])
     image = dataset(coco, tmp_path, 64, "bottom_right")[0, 0]["image"]
     assert image.shape == (64, 64, 3) and abs(float(image[10, 10, 0]) - 200) < 60
+
+
+def test_arrays_that_differ_have_other_fingerprints():
+    """A number alone, as norms count their batches, is no length: 1e18 zeros would not fit."""
+    one, two = np.array(10**18), np.array(10**18 + 1)
+    prints = {data.fingerprint(arrays) for arrays in ([one, two], [two, one], [one, one], [b"a"])}
+    assert len(prints) == 4
+    assert data.fingerprint([np.arange(6)[::2]]) == data.fingerprint([np.array([0, 2, 4])])
+
+
+OWN_CHILD = """
+import data, multiprocessing, sys, time
+own = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.5,))
+own.start()
+data.stop_workers()
+own.join()
+sys.exit(own.exitcode)
+"""
+
+
+def test_a_programs_own_processes_live_on():
+    assert subprocess.run([sys.executable, "-c", OWN_CHILD], cwd=os.path.dirname(data.__file__)
+                          ).returncode == 0

@@ -129,6 +129,19 @@ def test_a_missing_package_is_named_with_its_command(weights, monkeypatch):
         "pip install onnx onnxscript onnxruntime")
 
 
+def test_a_broken_image_to_score_is_one_line(weights, tmp_path, monkeypatch):
+    """Also beyond the first 20, which are compared before anything is quantized."""
+    onnx_packages()
+    draw_dataset(str(tmp_path / "people"), train=1, val=21, side=64)
+    broken = sorted((tmp_path / "people" / "val2017").iterdir())[-1]
+    broken.write_bytes(broken.read_bytes()[:300])
+    monkeypatch.setattr(export, "to_int8", lambda *a: None)
+    said = call(monkeypatch, "--weights", weights, "--format", "onnx", "--int8", "--data",
+                tmp_path / "people", "--out", tmp_path / "x.onnx")
+    assert said.startswith(f"export.py: {broken}: ") and "\n" not in said
+    assert not (tmp_path / "x.onnx").exists()
+
+
 def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_path, monkeypatch):
     onnx_packages()
     import onnx
