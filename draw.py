@@ -1,4 +1,4 @@
-"""What a person looks at: skeletons on images, charts and pages, a run's plan and progress.
+"""Output for people: skeletons on images, charts and pages, a run's plan, progress and log.
 
     python draw.py runs/a runs/b --out runs.html      # several runs in the same charts
 
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 LEFT, RIGHT, MIDDLE = (255, 140, 0), (0, 190, 255), (120, 230, 80)  # sides of the person
 BOX, IGNORED, BLACK = (255, 255, 255), (170, 170, 170), (0, 0, 0)
-# Curves, and the dashes of those beyond eight: 3.8 to 1 or more against white and near black.
+# Of curves; dashes are for those beyond eight. Contrast with white and near black: at least 3.8:1.
 COLORS = ("#2f7fd1", "#d4600f", "#149070", "#c2589b", "#a07c0a", "#7f72d6", "#d0454c", "#78818a")
 DASHES = ("none", "6 3", "2 3")
 CHART_STYLE = """.chart rect,.chart circle{fill:#fff}.chart polyline{fill:none}
@@ -43,7 +43,7 @@ th:first-child,td:first-child{text-align:left}pre{font-size:12px;white-space:pre
 @media(max-width:600px){th,td{font-size:10px;padding-right:2px}
 td:first-child{white-space:normal;overflow-wrap:normal}}
 @media(prefers-color-scheme:dark){body{background:#16191d}}"""
-# Numbers of log.jsonl that the report shows as curves; others beside the loss are its terms.
+# Numbers of log.jsonl that the report plots; others, but step, epoch and loss, are loss terms.
 EVALUATED = ("AP", "AP50", "AP75", "AR", "OKS", "mask_IoU")
 PACE = {"lr": "learning rate", "grad_norm": "gradient norm", "scores": "assigned scores an image",
         "img_s": "images a second", "data_wait": "share of the time spent waiting for data",
@@ -57,19 +57,19 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
                 edges: list[list[int]], scores: Sequence[float] | None = None,
                 flip: list[int] | None = None, min_score: float = 0.3,
                 least: int = 480) -> Image.Image:
-    """A copy of the image with one skeleton and box a person: left orange, right blue, else green.
+    """Copy the image and draw a skeleton and box per person: left orange, right blue, else green.
 
-    It is enlarged if its longer side is under `least` px, or nothing could be seen. Of a pair of
-    flip (Skeleton's) that is not called left and right, the first counts as left.
-    boxes (M, 4) and keypoints (M, K, 3) in px; the third number is a visibility (labels: 0 is not
-    drawn, 1 is hollow) or, with scores (M,) of predictions, a score: under min_score not drawn.
+    The copy is enlarged if its longer side is under `least` px, or details would be lost. In a
+    pair of flip (Skeleton.flip) that is not named left and right, the first counts as left.
+    boxes (M, 4) and keypoints (M, K, 3) in px. A keypoint's third number is its visibility (labels:
+    0 is not drawn, 1 is hollow) or, if scores (M,) are given, its score: shown above min_score.
     """
     zoom = max(1, least / max(image.size))
     image = image.convert("RGB").resize([max(round(zoom * side), 1) for side in image.size])
     boxes, keypoints = zoom * np.asarray(boxes), np.asarray(keypoints) * (zoom, zoom, 1)
     pen, side = ImageDraw.Draw(image), max(image.size)
     width, font = max(round(side / 240), 1), max(11, side // 34)
-    rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, for any ground
+    rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, to show on any image
     colors = []
     for i, j in enumerate(flip or range(len(names))):
         left = names[i].startswith("left") or i < j and not names[j].startswith("left")
@@ -117,8 +117,8 @@ def ticks(low: float, high: float, outer: bool = False) -> list[float]:
 
 
 def with_zero(low: float, high: float) -> tuple[float, float]:
-    """The ends of an axis: it holds 0, unless the curves then took up less than half of it."""
-    level = high - low < 0.01 * high  # then ticks would differ in a fifth digit
+    """The ends of an axis. It includes 0 unless the curves would then fill less than half of it."""
+    level = high - low < 0.01 * high  # so flat that ticks would differ in a fifth digit
     if level or not 0 < high / 2 < low:
         low, high = min(low, 0), max(high, 0)
     return low, high if high > low else low + 1
@@ -133,12 +133,12 @@ def short(value: float) -> str:
 
 
 def escape(text: str) -> str:
-    """Any text for HTML and XML. What cannot be printed, as half a surrogate, becomes a square."""
+    """Escape text for HTML and XML. Unprintable characters (a lone surrogate) become squares."""
     return html.escape("".join(c if c.isprintable() or c == "\n" else "\u25a1" for c in text))
 
 
 def svg_curve(name: str, points: list[tuple[float, float]], place: Callable, look: str) -> str:
-    """One curve: what is not broken as a line; its end, and all of up to 25 points, as dots."""
+    """One curve: a line per finite stretch; dots at its end, or at all points if at most 25."""
     out = ""
     for finite, piece in itertools.groupby(points, lambda point: all(map(math.isfinite, point))):
         if finite:
@@ -152,10 +152,10 @@ def svg_curve(name: str, points: list[tuple[float, float]], place: Callable, loo
 
 def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: bool = False,
               width: int = 360, height: int = 220) -> str:
-    """Curves of points (x, y), each with its name: one SVG for a page or for a file of its own.
+    """One SVG, for a page or for a file of its own, with the named curves of points (x, y).
 
-    A point that is not finite breaks its curve; log2_x needs x > 0; a mouse over a dot shows its
-    numbers. The legend adds to height (px); one curve named as the title has none.
+    A point that is not finite breaks its curve; log2_x needs x > 0; hovering over a dot shows its
+    numbers. The legend adds to height (px); a single curve named like the title has none.
     """
     left, right, top, bottom = 52, width - 18, 34, height - 26
     bend = math.log2 if log2_x else float
@@ -200,7 +200,7 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
 
 
 def svg_column(charts: list[str]) -> str:
-    """Charts of one width below each other, in one SVG."""
+    """Stack charts of one width into one SVG."""
     out, y = "", 0
     for chart in charts:
         width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', chart).groups())
@@ -211,7 +211,7 @@ def svg_column(charts: list[str]) -> str:
 
 
 def svg_curves(curves: dict[str, list[tuple[float, float]]]) -> str:
-    """Rates and, below them, the momentum by optimizer step: schedule.curves in one SVG."""
+    """schedule.curves in one SVG: learning rates by optimizer step and, below them, momentum."""
     rates = {name: points for name, points in curves.items() if name != "momentum"}
     return svg_column([
         svg_chart(rates, "learning rate by optimizer step", width=720),
@@ -219,7 +219,7 @@ def svg_curves(curves: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def html_table(header: list[str], rows: list[list]) -> str:
-    """A table that scrolls inside its box, floats with four digits."""
+    """A table that scrolls inside its box; floats get four digits."""
     def line(tag: str, values: list) -> str:
         cells = [short(value) if isinstance(value, float) else str(value) for value in values]
         return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
@@ -228,7 +228,7 @@ def html_table(header: list[str], rows: list[list]) -> str:
 
 
 def html_image(image: Image.Image, alt: str, most: int = 720) -> str:
-    """An image of at most `most` px a side inside the page, with its text below."""
+    """An image embedded in the page, at most `most` px a side, with alt as its caption."""
     image, file, alt = image.convert("RGB"), io.BytesIO(), escape(alt)
     image.thumbnail((most, most))
     image.save(file, "JPEG", quality=85)
@@ -238,7 +238,7 @@ def html_image(image: Image.Image, alt: str, most: int = 720) -> str:
 
 
 def html_page(title: str, parts: list[str]) -> str:
-    """One file that needs no other: parts are HTML, as the functions above return it."""
+    """A self-contained HTML page. parts are HTML or SVG from the functions above."""
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
             f"<style>{PAGE_STYLE}</style></head><body><h1>{escape(title)}</h1>\n"
@@ -246,8 +246,8 @@ def html_page(title: str, parts: list[str]) -> str:
 
 
 def say(text: str, stream=None) -> None:
-    """Print a line to stdout or stream. That nobody reads it any more (a closed terminal, a tee
-    that Ctrl-C ended) does not end a run: what comes then goes nowhere."""
+    """Print a line to stdout or stream. If nobody can read it any more (a closed terminal, a tee
+    that Ctrl-C ended), the run goes on, and all later output is discarded."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
@@ -258,8 +258,8 @@ def say(text: str, stream=None) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file so that readers find the old one or the new one whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same
+    """Write a file atomically: readers find either the old file or the complete new one."""
+    temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
     try:
         with open(temporary, "w", encoding="utf-8") as f:
             f.write(text)
@@ -291,15 +291,15 @@ def read_log(folder: str) -> list[dict]:
 
 
 def thin(points: list[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
-    """At most `most` points: of a longer curve the means of stretches. Breaks stay."""
+    """At most `most` points: a longer curve becomes means of equal stretches. Breaks are kept."""
     size = math.ceil(len(points) / most) or 1
     parts = [points[i:i + size] for i in range(0, len(points), size)]
     return [tuple(sum(values) / len(part) for values in zip(*part)) for part in parts]
 
 
 def number_chart(runs: dict[str, list[dict]], name: str) -> str:
-    """One number of the logs over the steps, nothing if they lack it; a run keeps its color."""
-    curves = {run: [(line["step"], math.nan if line[name] == -1 else line[name])  # -1 is nobody
+    """A chart of one logged number by step, or "" if no run has it. Runs keep their colors."""
+    curves = {run: [(line["step"], math.nan if line[name] == -1 else line[name])  # -1: no people
                     for line in lines if name in line and "average of" not in line]
               for run, lines in runs.items()}
     title = PACE.get(name, name)
@@ -308,7 +308,7 @@ def number_chart(runs: dict[str, list[dict]], name: str) -> str:
 
 
 def dict_table(rows: list[dict]) -> str:
-    """Columns as in the longest row; what a row lacks, or calls -1 as nobody is there, is empty."""
+    """A table, columns in the longest row's order. Missing values and -1 (no people) are empty."""
     longest_first = sorted(reversed(rows), key=len, reverse=True)
     names = list(dict.fromkeys(name for row in longest_first for name in row))
     return html_table(names, [["" if row.get(name, -1) == -1 else row[name] for name in names]
@@ -316,7 +316,7 @@ def dict_table(rows: list[dict]) -> str:
 
 
 def log_tables(run: str, lines: list[dict]) -> str:
-    """Numbers of a log as tables that open, the newest on top."""
+    """The numbers of a log as collapsed tables, the newest on top."""
     evaluated, skipped, trained = ([line for line in reversed(lines) if name in line]
                                    for name in ("AP", "skipped", "loss"))
     tables = {"evaluations": evaluated, "the last 100 skipped steps": [
@@ -328,9 +328,9 @@ def log_tables(run: str, lines: list[dict]) -> str:
 
 def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] = (),
                 figures: Sequence[str] = ()) -> str:
-    """All about one run, or several runs in the same charts, as one HTML file.
+    """An HTML page about one run, or about several runs in the same charts.
 
-    starts are the printed plans of a run, one each time it was started; figures are html_image's.
+    starts are the printed plans of a run, one per start; figures are the results of html_image.
     """
     rows, terms = [], {}
     for run, lines in runs.items():
@@ -379,7 +379,7 @@ longer side. Good to miss are shares, and add up to 1.</p>{keypoints}
 
 
 def card_page(card: dict) -> str:
-    """The page of evaluate.py --card, from its numbers."""
+    """The HTML page of evaluate.py --card, from the card's numbers."""
     def table(rows: list[dict], name: str, group: str = "", digits: int = 3) -> str:
         return dict_table([{"": f"{row[group]}: {row[name]}" if group else row[name]} | {
             key: f"{value:.{digits}f}" if isinstance(value, float) and value != -1 else value
@@ -398,7 +398,7 @@ def card_page(card: dict) -> str:
 
 
 class Log:
-    """Progress lines and log.jsonl, one line an interval, from rank 0."""
+    """Prints progress and writes log.jsonl, one line every --log-every steps; only on rank 0."""
 
     def __init__(self, args: argparse.Namespace, rank: int, total_steps: int, global_batch: int,
                  images: int, terms: tuple[str, ...]):
@@ -407,10 +407,10 @@ class Log:
         self.total_steps, self.global_batch, self.images = total_steps, global_batch, images
         self.last = total_steps if args.dry_run else min(total_steps, args.max_steps or total_steps)
         self.marks = (5, args.max_steps if args.dry_run else total_steps)  # report these steps, too
-        # Since the last line: scores, terms, and what the steps divided by, scores but at least 1.
+        # Sums since the last line: scores, terms, and each step's divisor (its scores, at least 1).
         self.sums, self.steps = [0.0] * (2 + len(terms)), 0
-        self.taken, self.waited = 0, 0.0  # by this process alone, as all times
-        self.interval = self.ended = time.monotonic()  # the last line's time, the last step's
+        self.taken, self.waited = 0, 0.0  # not resumed, like all times
+        self.interval = self.ended = time.monotonic()  # times of the last line, last step
         self.starts, self.figures = [], []  # of the report: print_plan's texts, validation images
 
     def state_dict(self) -> dict:
@@ -418,9 +418,9 @@ class Log:
         return {"sums": self.sums, "steps": self.steps, "bytes": size, "starts": self.starts}
 
     def load_state_dict(self, state: dict) -> None:
-        """Forget what was written after the checkpoint: those steps are done again."""
+        """Restore it, and cut log.jsonl back to the checkpoint: later steps are done again."""
         self.sums, self.steps = state["sums"], state["steps"]
-        self.starts = state.get("starts", [])  # files of older versions have none
+        self.starts = state.get("starts", [])  # older checkpoints have none
         if self.path and os.path.exists(self.path):
             os.truncate(self.path, min(state["bytes"], os.path.getsize(self.path)))
 
@@ -432,23 +432,23 @@ class Log:
 
     def evaluation(self, step: int, of: str, number: int, metrics: dict[str, float],
                    best: bool = False) -> None:
-        """Report the numbers of `epoch` 3, or of the `average of` 10 epochs; -1 is of nobody."""
+        """Report metrics of e.g. `epoch` 3, `average of` 10 epochs. -1 (no people) is not shown."""
         self.write({"step": step, of: number, **metrics, **({"best": 1} if best else {})})
         known = [f"{name} {value:.3f}" for name, value in metrics.items() if value != -1]
         say(f"{of} {number}  " + "  ".join(known))
 
     def report(self, pictures: list[tuple[str, Image.Image]]) -> None:
-        """Write report.html anew, from log.jsonl and validation images with their captions."""
+        """Rewrite report.html from log.jsonl and pictures, validation images with captions."""
         folder = os.path.dirname(self.path)
         self.figures = [html_image(image, caption) for caption, image in pictures] or self.figures
         page = report_page(folder, {folder: read_log(folder)}, self.starts, self.figures)
         write_text(os.path.join(folder, "report.html"), page)
         now = time.monotonic()
-        self.interval, self.ended = self.interval + now - self.ended, now  # evaluating is no step
+        self.interval, self.ended = self.interval + now - self.ended, now  # excludes evaluation
 
     def end(self, step: int, evaluated: int, last: int, stopper, out: str) -> None:
-        """Say how the run ended, and bring the report up to date if this process evaluated, which
-        was last done after epoch `evaluated` of `last`. stopper is a schedule.EarlyStopping."""
+        """Print how the run ended, and update the report if this process has evaluated. The last
+        evaluation was after epoch `evaluated` of `last`; stopper is a schedule.EarlyStopping."""
         if self.figures:
             self.report([])
         state = ("stopped early (--patience)" if stopper.over(evaluated) else
@@ -461,7 +461,7 @@ class Log:
         say(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:
-        """Report a train.Step that changed nothing. Return what was not finite."""
+        """Report a skipped train.Step. Return the names of its values that are not finite."""
         bad = [name for name, value in zip(("scores", *self.terms), result.sums)
                if not math.isfinite(value)] or ["gradient"]
         self.write({"step": step, "skipped": skipped, "not_finite": bad})
@@ -470,7 +470,7 @@ class Log:
         return ", ".join(bad)
 
     def step(self, step: int, result, lr: float, memory: float) -> None:
-        """Take in a train.Step; every --log-every steps, and at self.marks, report. memory: GB"""
+        """Add a train.Step; report every --log-every steps and at self.marks. memory is in GB."""
         new = [*result.sums, max(result.sums[0], 1.0)]
         self.sums = [a + b for a, b in zip(self.sums, new)]
         self.steps, self.taken = self.steps + 1, self.taken + 1
@@ -498,7 +498,7 @@ class Log:
 
 def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: int,
            global_batch: int, steps: tuple[int, ...]) -> Iterator[str]:
-    """What print_plan's arguments hold that may be a mistake."""
+    """Warnings about likely mistakes in the arguments of print_plan."""
     if images < 5000 and args.lr_scale != "none" and 4 * global_batch < args.lr_batch:
         yield ("few images and a rate that is scaled down learn next to nothing: --lr 2e-3 "
                "--lr-scale none is a start, see README, Your own data")
@@ -517,10 +517,10 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
                train_set, images: tuple[int, int], batch: tuple[int, int], steps: tuple[int, ...],
                peak_lr: float, device: str) -> str:
-    """Print and return the command, each value by its source, and what they come to here.
+    """Print and return the command, every value with its source, and what these amount to.
 
-    images to train on and to evaluate; batch is processes and images a step; steps are those of
-    all epochs, done, to do now, of the warmup, and while the keypoint tolerance narrows.
+    images: to train on, to evaluate; batch: processes, images per step; steps: of all epochs, done,
+    to do now, of the warmup, and until the keypoint tolerance has narrowed. report: load_weights'.
     """
     processes, skeleton = os.environ.get("LOCAL_WORLD_SIZE"), train_set.skeleton
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"

@@ -1,7 +1,7 @@
-"""Which anchor learns which person, and how wrong it is.
+"""Decides which anchor learns which person, and computes the losses.
 
-Owns OKS, the task-aligned assigner, the five loss terms, a mask's and a teacher's. Knows nothing of
-images, files and optimizers: it imports torch alone, so you can read, test and replace it alone.
+Owns OKS, the task-aligned assigner, the five loss terms, and those of a mask and a teacher. Knows
+nothing of images, files or optimizers: imports only torch; can be read, tested, replaced alone.
 
 Read in this order: oks, assign, PoseLoss.
 
@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# COCO scores OKS with the segment's area. Where that lacks, here and in data.py, stands this share.
+# COCO's OKS uses the segment's area; here, and in data.py where that is missing, 0.53 of the box.
 BODY_SHARE_OF_BOX = 0.53
 EPS = 1e-9
-TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")  # of the pose; then come
+TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")  # always; optional:
 MASK_TERMS, DISTILL_TERMS = ("mask",), ("kd_cls", "kd_box", "kd_pose")
 
 
 def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Tensor) -> Tensor:
-    """Object keypoint similarity: how well a predicted pose lies on a labeled one.
+    """Object keypoint similarity: how well a predicted pose matches a labeled one.
 
     pred     (..., K, 2)  predicted x, y, px
     target   (..., K, 2)  labeled x, y, px
-    labeled  (..., K)     bool, or weights in [0, 1]; keypoints that are not labeled do not count
+    labeled  (..., K)     bool, or weights in [0, 1]; unlabeled keypoints do not count
     area     (...)        object area, px^2
     sigmas   (K,)         spread of each keypoint as a share of sqrt(area); belongs to the data set
     returns  (...)        mean over labeled keypoints of exp(-distance^2 / (8 sigma^2 area));
@@ -54,18 +54,18 @@ def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Ten
         tolerance = 8 * sigmas[k].square() * (area + EPS)                         # (...) px^2
         d = pred[..., k, 0] - target[..., k, 0]                                   # (...) px
         near = d * d
-        d = pred[..., k, 1] - target[..., k, 1]  # few names, few such tensors alive: see assign
+        d = pred[..., k, 1] - target[..., k, 1]  # reused names free large tensors, see assign
         near = torch.addcmul(near, d, d) * (-1 / tolerance)
-        near = near.clamp(min=-80).exp()  # where exp underflows it takes a CPU 15 times as long
+        near = near.clamp(min=-80).exp()  # a CPU's exp is 15 times as slow if it underflows
         total = torch.addcmul(total, near, labeled[..., k])
-    total = F.threshold(total, 1e-33, 0.0)  # and 0 it is: K e^-80 < 1e-33
+    total = F.threshold(total, 1e-33, 0.0)  # sums of clamped terms: K e^-80 < 1e-33
     return total / (labeled.sum(-1) + EPS)
 
 
 def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
     """IoU of boxes (B, M, 4) with boxes (B, A, 4) px, to (B, M, A).
 
-    torchvision's box_iou takes one image and no eps; a padded person here has no area.
+    Unlike torchvision's box_iou it takes a batch, and has an eps, as padding rows have area 0.
     """
     x1, y1, x2, y2 = people[:, :, None].unbind(-1)                                # (B, M, 1) each
     u1, v1, u2, v2 = anchors[:, None].unbind(-1)                                  # (B, 1, A) each
@@ -90,11 +90,11 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
     """Choose the anchors that learn each person (task-aligned assignment).
 
     1. quality     box IoU x OKS: how well an anchor already predicts a person
-    2. metric      score^alpha x quality^beta: good at finding and at placing the person
+    2. metric      score^alpha x quality^beta: how well it finds and places the person
     3. candidates  per person, the topk anchors of highest metric whose center is in the box
-    4. conflicts   an anchor wanted by several people goes to the one it predicts best of all
-                   whose box holds its center (of all people, in the reference)
-    5. weight      the metric, rescaled so that a person's best anchor weighs its best quality
+    4. conflicts   a candidate of several people goes to the person of highest quality among all
+                   whose box contains its center (in the reference, among all people)
+    5. weight      the metric, rescaled so that its maximum per person equals that of the quality
 
     scores     (B, A) in [0, 1]                 gt_boxes      (B, M, 4)    px
     boxes      (B, A, 4)    px                  gt_keypoints  (B, M, K, 3) px, px, v
@@ -104,10 +104,10 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
                weight (B, A) in [0, 1], the class target; 0 for background
     M >= 1, but an image may have no people.
 
-    A fresh network has OKS near 0, and its 6th power is lost beside any epsilon: the reference
-    gives about half of the people no target at all. The cure, two parts: an OKS below oks_floor
-    counts as oks_floor, so that IoU ranks the first anchors, and quality is measured against the
-    person's best before it is raised to beta. oks_floor = 0 is the reference's exact rule, 4 too.
+    An untrained network has an OKS near 0, whose 6th power is lost beside any epsilon, so that the
+    reference gives about half of the people no target at all. Two changes prevent this: an OKS
+    below oks_floor counts as oks_floor, so that IoU ranks the first anchors; and quality is divided
+    by the person's best before it is raised to beta. oks_floor = 0: exactly the reference, 4 too.
     """
     visible = gt_keypoints[..., 2] > 0                                            # (B, M, K)
     area = BODY_SHARE_OF_BOX * (gt_boxes[..., 2:] - gt_boxes[..., :2]).prod(-1)   # (B, M) px^2
@@ -140,7 +140,7 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
 
 
 def focal_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """|p - target|^2 x binary cross-entropy for soft targets in [0, 1]. Any shape, elementwise."""
+    """|p - target|^2 x binary cross-entropy, for targets in [0, 1]. Any shape, elementwise."""
     error = (logits.sigmoid() - target).square()
     return error * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
@@ -148,7 +148,7 @@ def focal_bce(logits: Tensor, target: Tensor) -> Tensor:
 def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     """Cross-entropy of the two bins around each true distance, mean over the four sides.
 
-    box_logits (..., 4, R), distances (..., 4) in strides, cut to the reach of the bins -> (...)
+    box_logits (..., 4, R), distances (..., 4) in strides, clamped to the range of the bins -> (...)
     """
     reach = box_logits.shape[-1] - 1 - 0.01
     distances = distances.clamp(0, reach)                                         # (..., 4)
@@ -162,7 +162,7 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
 def complete_iou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-10) -> Tensor:
     """1 - IoU + distance of the centers + difference in shape (CIoU). Boxes (..., 4) to (...).
 
-    No mask picks boxes, as in torchvision's, and no prod has a gradient: a GPU would wait for them.
+    Unlike torchvision's, no mask picks boxes and no prod has a gradient: both wait for a GPU.
     """
     size, target_size = boxes[..., 2:] - boxes[..., :2], target[..., 2:] - target[..., :2]
     low, high = torch.minimum(boxes, target), torch.maximum(boxes, target)        # (..., 4)
@@ -179,41 +179,41 @@ def complete_iou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-10) -> Tens
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (B, P) of values (B, N, ...), to (B, P, ...)."""
+    """Pick the rows `index` (B, P) of values (B, N, ...): (B, P, ...)."""
     return values[torch.arange(len(index), device=index.device)[:, None], index]
 
 
 class LossWeights(NamedTuple):
-    """What each term counts. These are the values for sizes n and s."""
+    """The weight of each term. The defaults are for sizes n and s."""
 
     cls: float = 1.0        # person or background
     iou: float = 2.5        # box
     dfl: float = 0.01       # box, as a distribution; m and l: 0.5
     pose_cls: float = 1.0   # keypoint labeled or not
     pose_reg: float = 34.0  # keypoint position; m and l: 10
-    mask: float = 1.0       # people's pixels, if the network has a branch for them
+    mask: float = 1.0       # people's pixels, if the network has a mask branch
 
 
 def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Binary cross-entropy of an image's pixels, their mean, summed over images: ().
+    """Binary cross-entropy, the mean over an image's pixels, summed over images: ().
 
-    logits (B, h, w); mask (B, h, w) says 0 nobody, 1 somebody, 2 unknown, which does not count.
+    logits (B, h, w); mask (B, h, w): 0 nobody, 1 somebody, 2 unknown, whose loss is set to 0.
     """
     wrong = F.binary_cross_entropy_with_logits(logits, (mask == 1).to(logits), reduction="none")
     return (wrong * (mask != 2)).mean((1, 2)).sum()
 
 
 class PoseLoss:
-    """The five weighted terms of YOLO-NAS-Pose, and a branch's, summed and not yet divided.
+    """The five weighted terms of YOLO-NAS-Pose, and the mask's: sums that are not yet normalized.
 
-    Whoever steps the optimizer divides the gradient once, by the sum of assigned scores over all
-    images of the step, on all processes and in all accumulated batches: only so do these add up
-    to the gradient of one large batch. A term of whole images (mask) is divided by scores, too:
-    large at first, while these are small. A term's name is its field in LossWeights.
+    The caller divides the gradient once per optimizer step, by the sum of assigned scores over all
+    images of the step, on all processes and in all accumulated batches: only then do these add up
+    to the gradient of one large batch. The mask term, a sum over images, is divided by that too,
+    so it is large at first, while scores are small. A term's name is its field in LossWeights.
 
-    reference=True is the exact rule of the original for crowds and for the start, see assign.
-    Otherwise crowd regions and people without labeled keypoints are ignore boxes: an anchor that
-    lies in one, and that nobody claims, is neither person nor background.
+    reference=True follows the original exactly, for crowds and in the assigner (see assign).
+    Otherwise crowd regions and people without labeled keypoints are ignore regions: an anchor in
+    one, unless it is assigned to a person, counts neither as person nor as background.
     """
 
     def __init__(self, sigmas: Tensor, weights: LossWeights = LossWeights(), topk: int = 13,
@@ -230,8 +230,8 @@ class PoseLoss:
 
         raw      model.RawOutput, after promote()
         decoded  model.Decoded of it
-        targets  boxes (B, M, 4) px, without area where there is nobody; keypoints (B, M, K, 3)
-                 px, px, v; crowd (B, M) bool; M >= 1. With a mask branch, mask of mask_loss
+        targets  boxes (B, M, 4) px, of area 0 in padding rows; keypoints (B, M, K, 3) px, px, v;
+                 crowd (B, M) bool; M >= 1. With a mask branch also mask, as in mask_loss
         """
         gt_boxes, gt_keypoints, crowd = (targets[name] for name in ("boxes", "keypoints", "crowd"))
         gt_boxes, gt_keypoints = gt_boxes.to(raw.centers), gt_keypoints.to(raw.centers)
@@ -241,7 +241,7 @@ class PoseLoss:
         labeled = (gt_keypoints[..., 2] > 0).any(-1)                              # (B, M)
         people = real if self.reference else real & labeled & ~crowd              # (B, M)
 
-        # Some images at a time, so that a crowd in one of them takes 17 MB a tensor, not a GB.
+        # Some images at a time: if one is crowded, each (B, M, A) tensor takes 17 MB, not a GB.
         some = max(2 ** 22 // (gt_boxes.shape[1] * len(raw.centers)), 1)
         batch = (decoded.scores, decoded.boxes, decoded.keypoints, gt_boxes, gt_keypoints, people)
         parts = [assign(*images, *rule) for images in zip(*(t.split(some) for t in batch))]
@@ -255,8 +255,8 @@ class PoseLoss:
         smooth = weight + self.label_smoothing * (0.5 - weight)                   # (B, A)
         cls = (focal_bce(raw.cls_logits, smooth) * counted).sum()
 
-        # At most topk anchors a person learn one. Taking that many of highest weight is a fixed
-        # number, so nothing waits for the GPU to count; slots left over have weight 0.
+        # At most topk anchors learn each person. Always taking topk * M, those of highest weight,
+        # avoids waiting for the GPU to count them; slots left over have weight 0.
         slots = min(self.topk * gt_boxes.shape[1], weight.shape[1])
         share, anchor = weight.topk(slots, dim=1)                                 # (B, P)
         row = take(person, anchor).clamp(min=0)                                   # (B, P)
@@ -269,12 +269,12 @@ class PoseLoss:
 
     def person_terms(self, raw, decoded, anchor: Tensor, boxes: Tensor, keypoints: Tensor,
                      weight: Tensor, sigmas: Tensor) -> dict[str, Tensor]:
-        """The four terms of anchors that learn a person: anchor (B, P) and what it should say.
+        """The four terms of the anchors that learn a person: their indices are anchor (B, P).
 
-        boxes (B, P, 4) px, keypoints (B, P, K, 3) px, px, v, weight (B, P); sigmas (K,) as wide as
-        the targets' are at this step.
+        Their targets: boxes (B, P, 4) px, keypoints (B, P, K, 3) px, px, v; weight (B, P).
+        sigmas (K,) are already multiplied by sigma_scale.
         """
-        # A slot without a person gets a box of 1 px: any finite value will do, weight is 0.
+        # A slot without a person gets a box of 1 x 1 px: its weight is 0, its loss must be finite.
         unit_box = (torch.arange(4, device=boxes.device) > 1).to(boxes)           # 0, 0, 1, 1
         boxes = torch.where(weight[..., None] > 0, boxes, unit_box)               # (B, P, 4)
         strides, centers = raw.strides[anchor], raw.centers[anchor]               # (B, P, 1 or 2)
@@ -296,14 +296,14 @@ class PoseLoss:
                 conf: float = 0.3, slots: int = 300) -> dict[str, Tensor]:
         """How far a network is from its teacher: weighted sums {name: ()}, 0 if they are equal.
 
-        kd_cls   all anchors: the class loss with the teacher's score as the soft target, 3 times
-                 its weight, with which students became better than with 1
+        kd_cls   all anchors: the class loss with the teacher's score as the soft target; weighted
+                 3 times LossWeights.cls, which made students better than 1 time
         kd_box   Kullback-Leibler divergence of the box distributions, mean over the four sides
-        kd_pose  1 - OKS, the teacher's keypoints as labels that count as it is sure of them
+        kd_pose  1 - OKS to the teacher's keypoints, weighted by the teacher's keypoint scores
 
-        The last two on the anchors that the teacher is sure of (at least conf), at most `slots` an
-        image, each counting by the teacher's score. raw and teacher_raw are model.RawOutputs after
-        promote(), decoded and teacher model.Decoded of these; the teacher's without gradients.
+        kd_box and kd_pose take the anchors that the teacher scores at least conf, at most `slots`
+        per image, weighted by that score. raw and teacher_raw are model.RawOutput after promote(),
+        decoded and teacher the model.Decoded of these; the teacher's have no gradients.
         Knowledge distillation: https://arxiv.org/abs/1503.02531; of distributions: 2102.12252.
         """
         weight, anchor = teacher.scores.topk(min(slots, teacher.scores.shape[1]), dim=1)   # (B, P)

@@ -1,15 +1,15 @@
 """The YOLO-NAS-Pose network and the meaning of its outputs.
 
-Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), BatchNorm over processes,
-and files of weights: ours, read and written, and official ones. Knows nothing about targets,
-losses, thresholds or images.
+Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), BatchNorm synced over
+processes, and checkpoint files: reads and writes ours, reads official ones. Knows nothing about
+targets, losses, thresholds or images.
 
 Read in this order: SIZES, QARepVGG, CSPLayer, Backbone, Neck, Head, RawOutput, decode, YoloNasPose.
 
 Axes    B images   C channels   H, W height and width   K keypoints   R = 17 bins of a distance
-        A anchors: one per cell of each level, so the sum of H/s * W/s over the strides s
+        A anchors: one per cell of each level; their number is the sum of H/s * W/s over strides s
 Units   pixels of the padded input, continuous: pixel i covers [i, i + 1)
-Names   of attributes are those of the official checkpoints, so that these load without a table
+Names   attributes are named as in the official checkpoints, so that these load without a table
 
 Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101.03697
         QARepVGG, the norm after the sum              https://arxiv.org/abs/2212.01593
@@ -44,7 +44,7 @@ class Size(NamedTuple):
     stages: tuple        # 4 x (channels, hidden channels, bottlenecks, keep every output?)
     neck: tuple          # 4 x (channels, hidden channels, bottlenecks): up, up, down, down
     heads: tuple         # 3 x (box channels, pose channels)
-    bn_momentum: float   # share of the new batch in the running statistics
+    bn_momentum: float   # weight of the new batch in the running statistics
 
 
 SIZES = {
@@ -68,7 +68,7 @@ SIZES = {
 
 
 class ConvBNReLU(nn.Module):
-    """(B, c_in, H, W) -> (B, c_out, H / stride, W / stride)"""
+    """Convolution, norm, ReLU: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)"""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
         super().__init__()
@@ -84,11 +84,11 @@ class ConvBNReLU(nn.Module):
 
 
 class QARepVGG(nn.Module):
-    """3x3 conv + norm, 1x1 conv and, if asked for, the input itself; their sum is normed again.
+    """Sum of 3x3 conv + norm, 1x1 conv and, with identity, the input; then a norm and ReLU.
 
     (B, c_in, H, W) -> (B, c_out, H / stride, W / stride). fuse() makes it one 3x3 convolution.
-    The norm after the sum takes the mean out again, so the biases before it have no effect and a
-    gradient of 0; they do not train: Adam would turn that 0's rounding noise into full steps.
+    The norm after the sum subtracts the mean, so the biases before it have no effect: their
+    gradient is 0 but for rounding. They are frozen, or Adam would turn that noise into full steps.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, identity: bool = False):
@@ -125,7 +125,7 @@ class QARepVGG(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Two 3x3 blocks and a skip of learned strength alpha. (B, C, H, W) -> the same."""
+    """Two 3x3 blocks and a skip connection scaled by a learned alpha. (B, C, H, W) -> the same."""
 
     def __init__(self, channels: int, rep: bool):
         super().__init__()
@@ -134,14 +134,14 @@ class Bottleneck(nn.Module):
                               ConvBNReLU(channels, channels, 3) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.alpha.to(x.dtype) * x + self.cv2(self.cv1(x))  # autocast would widen x
+        return self.alpha.to(x.dtype) * x + self.cv2(self.cv1(x))  # float32 alpha would widen x
 
 
 class CSPLayer(nn.Module):
-    """Cross-stage partial layer: one path goes through `depth` bottlenecks, the other around.
+    """Cross-stage partial layer: one path goes through `depth` bottlenecks, the other skips them.
 
-    (B, c_in, H, W) -> (B, c_out, H, W). With keep_all every bottleneck's output reaches the merge,
-    not only the last. rep chooses QARepVGG or plain convolutions in the bottlenecks.
+    (B, c_in, H, W) -> (B, c_out, H, W). keep_all merges the outputs of conv1 and of all
+    bottlenecks, not only the last. rep: bottlenecks of QARepVGG, otherwise of plain convolutions.
     """
 
     def __init__(self, c_in: int, c_out: int, hidden: int, depth: int, keep_all: bool = False,
@@ -163,7 +163,7 @@ class CSPLayer(nn.Module):
 
 
 class SPP(nn.Module):
-    """Spatial pyramid pooling: max over 5, 9 and 13 px windows. (B, C, H, W) -> the same.
+    """Spatial pyramid pooling: max over windows of 5, 9 and 13 cells. (B, C, H, W) -> the same.
 
     https://arxiv.org/abs/1406.4729
     """
@@ -200,10 +200,10 @@ class Backbone(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Coarse features, enlarged, meet the same level and the finer one.
+    """Upsample x and merge it with the backbone's features of the next two finer levels.
 
-    x (B, ., H, W), skip (B, ., 2H, 2W), fine (B, ., 4H, 4W) -> x reduced (B, C, H, W), which the
-    way down uses again, and the merged features (B, C, 2H, 2W).
+    x (B, ., H, W), skip (B, ., 2H, 2W), fine (B, ., 4H, 4W) -> x with fewer channels (B, C, H, W),
+    which a DownStage reuses, and the merged features (B, C, 2H, 2W).
     """
 
     def __init__(self, c_in: int, c_skip: int, c_fine: int, c_out: int, hidden: int, depth: int):
@@ -225,7 +225,7 @@ class UpStage(nn.Module):
 
 
 class DownStage(nn.Module):
-    """x (B, c_in, 2H, 2W), skip (B, ., H, W) -> (B, c_out, H, W)"""
+    """Downsample x and merge it with skip: (B, c_in, 2H, 2W), (B, ., H, W) -> (B, c_out, H, W)"""
 
     def __init__(self, c_in: int, c_skip: int, c_out: int, hidden: int, depth: int):
         super().__init__()
@@ -257,15 +257,15 @@ class Neck(nn.Module):
 
 
 def head_conv(c_in: int, c_out: int, kernel: int) -> nn.Module:
-    """A ConvBNReLU under the name that official heads give it."""
+    """A ConvBNReLU named `seq`, as in the official heads."""
     return nn.Sequential(OrderedDict(seq=ConvBNReLU(c_in, c_out, kernel)))
 
 
 class Head(nn.Module):
-    """One level's features (B, c_in, h, w) to four maps, one cell an anchor.
+    """One level's features (B, c_in, h, w) to the raw outputs of its anchors, one per cell.
 
     Returns person and keypoint logits (B, 1 + K, h, w), box (B, 4 * R, h, w), pose (B, 2K, h, w).
-    The keypoint logits come from the box path: the architecture search left them there.
+    The keypoint logits come from the box branch: the architecture search left them there.
     """
 
     def __init__(self, c_in: int, box: int, pose: int, pose_depth: int, num_keypoints: int):
@@ -278,7 +278,7 @@ class Head(nn.Module):
         self.cls_pred = nn.Conv2d(box, 1 + num_keypoints, 1)
         self.reg_pred = nn.Conv2d(box, 4 * BINS, 1)
         self.pose_pred = nn.Conv2d(pose, 2 * num_keypoints, 1)
-        # Every score starts at 0.01, or the background would drown the first steps.
+        # Every score starts at 0.01, or the loss of the background would dominate the first steps.
         nn.init.constant_(self.cls_pred.bias, -math.log(99))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +288,7 @@ class Head(nn.Module):
 
 
 class RawOutput(NamedTuple):
-    """All the network says, before any threshold. s is the stride of the anchor's level."""
+    """All outputs of the network, before any threshold. s is the stride of the anchor's level."""
 
     cls_logits: Tensor   # (B, A)        person or background
     box_logits: Tensor   # (B, A, 4, R)  center to left, top, right, bottom edge; bin r is r * s px
@@ -299,13 +299,13 @@ class RawOutput(NamedTuple):
     mask_logits: Tensor | None = None   # (B, H/2, W/2) somebody's pixel or not, with mask=True
 
     def promote(self) -> "RawOutput":
-        """The same in float32 at least: half precision moves keypoints by pixels."""
+        """The same in float32 or wider: decoding in half precision would be off by pixels."""
         dtype = torch.promote_types(self.cls_logits.dtype, torch.float32)
         return RawOutput(*(t if t is None else t.to(dtype) for t in self))
 
 
 class Decoded(NamedTuple):
-    """Raw outputs as pixels and probabilities, one row an anchor."""
+    """Raw outputs as pixels and probabilities, one row per anchor."""
 
     boxes: Tensor       # (B, A, 4)     x1, y1, x2, y2, px
     scores: Tensor      # (B, A)        person, in [0, 1]
@@ -340,8 +340,8 @@ def decode(raw: RawOutput) -> Decoded:
 class YoloNasPose(nn.Module):
     """Images (B, 3, H, W), RGB in [0, 1], H and W multiples of 32, to a RawOutput.
 
-    size is a row of SIZES. mask adds a branch on the finest level that tells people's pixels from
-    the others. Raises ValueError for an unknown size.
+    size is a key of SIZES. mask adds a branch on the finest level that separates people's pixels
+    from the background. Raises ValueError for an unknown size.
     """
 
     def __init__(self, size: str, num_keypoints: int = 17, mask: bool = False):
@@ -356,7 +356,7 @@ class YoloNasPose(nn.Module):
         self.heads = nn.ModuleDict({
             f"head{i + 1}": Head(levels[i], *row.heads[i], depth, num_keypoints)
             for i, depth in enumerate((2, 2, 3))})
-        # Last, so that all else starts from the same random weights. A cell tells 4 x 4 pixels.
+        # Last, so the other weights start the same without it. A cell predicts 4 x 4 mask pixels.
         self.mask = nn.Sequential(ConvBNReLU(levels[0], levels[0], 3),
                                   nn.Conv2d(levels[0], 16, 1)) if mask else None
         for module in self.modules():
@@ -364,7 +364,7 @@ class YoloNasPose(nn.Module):
                 module.momentum = row.bn_momentum
 
     def forward(self, images: Tensor) -> RawOutput:
-        b, k = images.shape[0], self.num_keypoints  # len() would fix it in an export
+        b, k = images.shape[0], self.num_keypoints  # len() would make b a constant in an export
         levels = self.neck(*self.backbone(images))
         maps = [head(x) for head, x in zip(self.heads.values(), levels)]
         cls, box, pose = (torch.cat([m.flatten(2) for m in kind], dim=2).transpose(1, 2)
@@ -376,7 +376,7 @@ class YoloNasPose(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> "YoloNasPose":
-        """Fold every branch and every norm into one convolution each, in place. Returns self.
+        """Fold the branches and norms of each block into one convolution, in place. Returns self.
 
         The outputs in eval mode stay the same; training is no longer possible.
         """
@@ -387,10 +387,10 @@ class YoloNasPose(nn.Module):
 
 
 class SyncNorm(torch.autograd.Function):
-    """Batch norm of x (B, C, H, W) by mean and variance of all processes' pixels, which come along.
+    """Batch norm of x (B, C, H, W) over all processes' pixels; also returns mean, var, number.
 
-    Squares are taken about each process's own mean, then moved: about 0 they would cancel. Each
-    process's loss depends on the others' x, too: https://arxiv.org/abs/1502.03167 summed over all.
+    Squares are summed about each process's own mean, then shifted: about 0 they would cancel. The
+    gradient, https://arxiv.org/abs/1502.03167, sums over all processes: each loss depends on all x.
     """
 
     @staticmethod
@@ -423,7 +423,7 @@ class SyncNorm(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that trains on the images of all processes; each brings one or more."""
+    """BatchNorm2d that trains on the statistics of all processes, each with one or more images."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -437,7 +437,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def sync_batch_norm(model: nn.Module) -> nn.Module:
-    """Let norms train on the images of all processes: by torch on a GPU, by the above on a CPU."""
+    """Sync norms over all processes: torch's SyncBatchNorm on a GPU, the class above on a CPU."""
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -446,13 +446,13 @@ def sync_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-# What torch.load raises for a damaged file: whatever its bytes happen to mean.
+# What torch.load may raise for a damaged file; which one depends on the bytes.
 DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError,
            RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 def load_file(path: str):
-    """What torch.save wrote, its checksums compared.
+    """Load to the CPU what torch.save wrote, after verifying its checksums.
 
     Raises OSError, or ValueError if the file is damaged or needs pickled code, which is never run.
     """
@@ -476,11 +476,11 @@ def load_file(path: str):
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     """Read a checkpoint, ours or official. Return its state_dict in our convention, and the file.
 
-    Of ours the EMA is taken where there is one; a bare state_dict will do, too. An official file
-    (super-gradients), told by its placeholders for fused kernels (rbr_reparam), holds ema_net, net,
-    or is the state_dict itself; it sees BGR and pixel indices, ours RGB and continuous coordinates,
-    half a pixel further: both are moved into the weights here, and the placeholders dropped.
-    Raises as load_file does, ValueError for other contents.
+    From our files it takes the EMA weights if there are any; a bare state_dict is accepted, too.
+    An official file (super-gradients) holds ema_net or net, or is the state_dict itself; it is
+    recognized by its placeholders for fused kernels (rbr_reparam), which are dropped. Its network
+    takes BGR and predicts pixel indices; ours, RGB and continuous coordinates, half a pixel larger:
+    its weights are converted. Raises as load_file does; ValueError for other contents.
     """
     found = load_file(path)
     file = found if isinstance(found, dict) else {}
@@ -502,14 +502,14 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
     return state, file
 
 
-# Layers with rows for each keypoint: how many rows come before these, and how many each has.
+# Layers whose weights have rows for each keypoint: (rows before these, rows per keypoint).
 KEYPOINT_ROWS = {"cls_pred": (1, 1), "pose_pred": (0, 2)}
 
 
 def rows_by_name(state: dict[str, Tensor], own: dict[str, Tensor], names: list[str],
                  old_names: list[str]) -> list[str]:
-    """Cut state's layers of KEYPOINT_ROWS, made for old_names, to names, in place: rows of the same
-    name, and own's for new ones. Returns the names of these tensors.
+    """Convert state's KEYPOINT_ROWS layers from old_names' keypoints to those of names, in place:
+    shared names keep their rows, new ones get own's. Returns the names of the changed tensors.
     """
     shared, done = [keypoint for keypoint in names if keypoint in old_names], []
     to, at = ([known.index(keypoint) for keypoint in shared] for known in (names, old_names))
@@ -530,11 +530,11 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
                  official_names: Sequence[str] = ()) -> dict[str, list[str]]:
     """Copy the tensors of a checkpoint that fit by name and shape into the model.
 
-    names are the model's keypoints; where the file's (official_names if it has none) are others,
-    the last layers take the rows of those in both, or, if there are none but as many in all, every
-    row by its place. Returns the names of tensors under loaded; in part; skipped, for another
-    shape; missing, in the model alone; unused, in the file alone; and keypoints. Raises ValueError
-    as read_weights does, or if nothing fits.
+    names are the model's keypoints. If the file's (official_names if it lists none) differ, the
+    last layers keep the rows of the shared names; if no name is shared but there are as many, they
+    keep all rows by position. Returns the names of tensors: "loaded", "in part", "skipped" (other
+    shape), "missing" (only in the model), "unused" (only in the file); and three lists of keypoint
+    names. Raises as read_weights does; ValueError if nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
     old_names = file["skeleton"]["names"] if "skeleton" in file else official_names
@@ -555,9 +555,9 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
 
 
 def write_atomically(path: str, content: dict) -> None:
-    """torch.save that leaves the old file or the new one, whenever the job is killed.
+    """torch.save that leaves the old file or the new one whole, whenever the job is killed.
 
-    Raises OSError with the path if the disk does not take it.
+    Raises OSError with the path if writing fails.
     """
     try:
         with open(path + ".tmp", "wb") as f:
@@ -565,7 +565,7 @@ def write_atomically(path: str, content: dict) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
+    except (OSError, RuntimeError) as error:  # torch.save reports the first as the second
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         reason = error.__context__ or error
@@ -577,14 +577,14 @@ def write_atomically(path: str, content: dict) -> None:
 def save_last(out: str, state: dict) -> None:
     """Write out/last.pt; the one before it becomes previous.pt."""
     last = os.path.join(out, "last.pt")
-    write_atomically(last + ".new", state)  # whole, before anything older is touched
+    write_atomically(last + ".new", state)  # complete before any older file is touched
     if os.path.exists(last):
         os.replace(last, os.path.join(out, "previous.pt"))
     os.replace(last + ".new", last)
 
 
 def load_last(out: str) -> dict | None:
-    """The newest checkpoint in `out` that is whole, if there is one. Others are set aside."""
+    """The newest undamaged checkpoint in `out`, or None. Damaged ones are renamed *.damaged."""
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(out, name)
         if os.path.exists(path):

@@ -1,7 +1,7 @@
 """The built-in data set: drawn people in COCO's file format, for a first run without a download.
 `python people.py DIR --train 64 --val 24` writes DIR/train2017, DIR/val2017 and DIR/annotations.
 Points    complex numbers x + iy, y down, on a canvas OVERSAMPLE times finer than the image
-Polygons  (color, points), back to front; a mask says 0 background, i = 1, 2, ... person or OCCLUDER
+Polygons  (color, points), back to front. In a mask: 0 background, i = 1, 2, ... person, OCCLUDER
 """
 import argparse
 import json
@@ -19,19 +19,19 @@ CATEGORY = {"id": 1, "name": "person", "keypoints": ["nose"] + [
     for side in ("left", "right")], "skeleton": [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]}
-# Upper arm and elbow, thigh and knee: radians outwards from hanging down, for both or for each.
+# Upper arm and elbow, thigh and knee: radians outwards from hanging down; of 4, two for each side.
 ARMS = [(0.3, 0.1), (1.5, 0), (2.6, 0.2), (0.3, 0.1, 2.6, 0.2)]
-GLOVES = (250, 140, 0), (0, 150, 250)  # left, right; shoes are the same
+GLOVES = (250, 140, 0), (0, 150, 250)  # left, right; also the shoes' colors
 LEGS = [(0.12, 0), (0.5, 0), (1.3, -1.4)]
 
 
 def random_color(rng: np.random.Generator, spread: float) -> np.ndarray:
-    """RGB (3,) of some brightness, up to `spread` off gray."""
+    """RGB (3,) of random brightness, each channel up to `spread` off gray."""
     return (rng.uniform(60, 210) + rng.uniform(-spread, spread, 3)).clip(0, 255)
 
 
 def rounded(color: np.ndarray, corners: list, radius: list, edge: float = 0.008) -> list[tuple]:
-    """A convex shape with clockwise round corners (two make a limb) on a darker, wider one."""
+    """Polygons of a convex shape: corners clockwise, rounded (two: a limb); darker edge behind."""
     ring, r = np.array([corners[-1], *corners, corners[0]]), np.ones(len(corners)) * radius
     side = np.angle(ring[1:] - ring[:-1]) - np.pi / 2                  # (corners + 1) their normals
     turn = (side[1:] - side[:-1]) % (2 * np.pi)
@@ -41,8 +41,8 @@ def rounded(color: np.ndarray, corners: list, radius: list, edge: float = 0.008)
 
 
 def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Keypoints (17,) around the hips at 0, whether they face us (17,), yaw, and head radius."""
-    yaw = np.clip(rng.normal(0, 0.25), -0.9, 0.9) + np.pi * (rng.random() < 0.07)  # 0 looks at us
+    """Random keypoints (17,), hips at 0; whether each faces us (17,); yaw; radius of the head."""
+    yaw = np.clip(rng.normal(0, 0.25), -0.9, 0.9) + np.pi * (rng.random() < 0.07)  # 0 faces us
     joints = np.zeros(17, complex)
     head, nod, build = rng.uniform((0.115, -0.2, 1), (0.135, 0.3, 1.25))
     neck = rng.uniform(0.27, 0.33) * -1j * np.exp(1j * rng.normal(0, 0.15))
@@ -52,23 +52,23 @@ def random_pose(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float
     joints[:5] = neck + head * up * (high + 0.95j * np.sin(azimuth))
     shown = np.append(np.cos(azimuth) > (0.1, 0.1, 0.1, -0.3, -0.3), [True] * 12)  # ears stick out
     arms, legs = ARMS[rng.choice(4, p=[0.36, 0.27, 0.27, 0.1])], LEGS[rng.integers(3)]
-    for k in rng.permutation(2):  # left, right; who waves or kicks varies
-        left = np.cos(yaw) * (1 - 2 * k)  # > 0 where this half of the body is the image's right
+    for k in rng.permutation(2):  # 0 left, 1 right, in either order: who waves or kicks varies
+        left = np.cos(yaw) * (1 - 2 * k)  # > 0 if this side of the body is on the image's right
         joints[5 + k], joints[11 + k] = neck + 0.125j * build * left * up, 0.075 * build * left
         arm, fold, leg, shin = rng.normal((*arms[:2], *legs[:2]), 0.08)
         arms, legs = arms[-2:], legs[-2:]
-        lengths = rng.uniform((0.16, 0.15, 0.18, 0.19), (0.18, 0.17, 0.2, 0.21))  # as seen
+        lengths = rng.uniform((0.16, 0.15, 0.18, 0.19), (0.18, 0.17, 0.2, 0.21))  # in the image
         for j, length, angle in zip((7, 9, 13, 15), lengths, (arm, arm + fold, leg, shin)):
             joints[j + k] = joints[j + k - 2] + length * 1j / np.exp(1j * np.sign(left) * angle)
     return joints, shown, yaw, head
 
 
 def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
-    """(polygons, joints (17,), shown (17,)) of a figure `height` high on a canvas `width` wide."""
+    """Random figure, `height` high, canvas `width` wide: (polygons, joints (17,), shown (17,))."""
     joints, shown, yaw, head = random_pose(rng)
     skin = np.array((255, 210, 175)) * rng.uniform(0.4, 1)
     shirt, trousers = random_color(rng, 130), random_color(rng, 130)
-    fat, legs, arms = rng.uniform(1.2, 1.6), [], ([], [])  # arms behind the body, and before it
+    fat, legs, arms = rng.uniform(1.2, 1.6), [], ([], [])  # arms behind and before the body
     for k in (0, 1):  # left, right
         glove, (shoulder, elbow, wrist, hip, knee, ankle) = GLOVES[k], joints[5 + k::2]
         toe = ankle + (ankle - knee) * 0.25 * np.exp(1j * rng.uniform(-1.2, 1.2))
@@ -103,7 +103,7 @@ def random_person(rng: np.random.Generator, height: float, width: int) -> tuple:
 
 
 def random_thing(rng: np.random.Generator, center: complex, size: float) -> list[tuple]:
-    """Polygons of a pole, or of something with three to five round corners."""
+    """Polygons of a random object: a pole, or a shape with three to five round corners."""
     n = rng.integers(2, 6)
     spokes = np.exp(2j * np.pi * (rng.random() + np.arange(n) / n)) * size * (3 if n == 2 else 0.4)
     return rounded(random_color(rng, 40), center + spokes, size * rng.uniform(0.05, 0.2), size / 30)
@@ -117,11 +117,11 @@ def paint(image: Image.Image, polygons: list[tuple], value: int = 0) -> None:
 
 
 def annotate(mask: Image.Image, value: int, joints: np.ndarray, shown: np.ndarray) -> dict:
-    """COCO's annotation, without ids, of the person that is `value` in the mask."""
+    """The COCO annotation, without ids, of the person whose pixels are `value` in the mask."""
     own = mask.point([255 * (v == value) for v in range(256)])
     box = np.array(own.getbbox() or [0] * 4) / OVERSAMPLE
     run = coco_mask.encode(np.asfortranarray(np.array(own.reduce(OVERSAMPLE)) // 128))
-    keypoints = []  # pixel indices: the middle of the first pixel is 0, not 0.5
+    keypoints = []  # pixel indices: the center of the first pixel is 0, not 0.5
     for z, towards_us in zip(joints, shown):
         inside = 0 <= z.real < mask.width and 0 <= z.imag < mask.height
         seen = inside and towards_us and mask.getpixel((int(z.real), int(z.imag))) == value
@@ -134,7 +134,7 @@ def annotate(mask: Image.Image, value: int, joints: np.ndarray, shown: np.ndarra
 
 
 def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[dict], list[tuple]]:
-    """Image, COCO annotations without ids, and layers (value in the mask, polygons)."""
+    """A random image, its COCO annotations without ids, and layers (mask value, polygons)."""
     width, people, whole, anns, layers = side * OVERSAMPLE, [], [], [], []
     pixels = np.linspace(random_color(rng, 35), random_color(rng, 35), 48)[:, None]   # (48, 1, 3)
     pixels = (pixels + rng.normal(0, rng.uniform(0, 20), (48, 48, 1))).clip(0, 255)   # (48, 48, 3)
@@ -143,7 +143,7 @@ def draw_image(rng: np.random.Generator, side: int) -> tuple[Image.Image, list[d
         paint(canvas, random_thing(rng, complex(*rng.uniform(0, width, 2)), size))
     mask, count = Image.new("L", [width] * 2), rng.choice(5, p=[0.75, 0.12, 0.06, 0.04, 0.03]) + 1
     for height in width * (0.15 + (0.87 - 0.12 * count) * rng.beta(1.8, 0.22, count)):
-        for _ in range(8):  # tries to leave enough of everybody in sight
+        for _ in range(8):  # tries, until enough of everybody is visible
             trial, value = mask.copy(), len(people) + 1
             polygons, *who = random_person(rng, height, width)
             size = height * rng.uniform(0.12, 0.3) * (rng.random() < 0.2)

@@ -1,8 +1,8 @@
-"""What changes as training goes on: learning rate, weight average, when to stop.
+"""What changes during training: learning rate, weight average, when to stop.
 
 Owns the schedule, the scaling of the rate with the batch, the optimizer and its groups, EMA and
-EarlyStopping. The rate depends on the step and the warmup's end; what remembers, WarmupEnd and
-EarlyStopping, has a state_dict, and of EMA the model is saved. Imports only torch.
+EarlyStopping. The rate depends only on the step and the end of the warmup. WarmupEnd and
+EarlyStopping have a state_dict; of EMA, its model is saved. Imports only torch.
 
 Linear scaling of the rate with the batch   https://arxiv.org/abs/1706.02677
 Cosine decay                                https://arxiv.org/abs/1608.03983
@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 def scaled_lr(lr: float, global_batch: int, reference_batch: int, rule: str = "linear",
               largest: float = math.inf) -> float:
-    """Learning rate for `global_batch` images per step, given the one for `reference_batch`.
+    """Learning rate for `global_batch` images per step, given lr, the one for `reference_batch`.
 
-    rule: linear, sqrt, or none, which keeps lr. Processes and accumulation count alike.
+    rule: linear, sqrt, or none, which keeps lr. Images of all processes and micro-batches count.
     """
     power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[rule]
     return min(lr * (global_batch / reference_batch) ** power, largest)
@@ -30,8 +30,8 @@ def scaled_lr(lr: float, global_batch: int, reference_batch: int, rule: str = "l
 def warmup_steps(text: str, images: int, global_batch: int) -> int:
     """Optimizer steps of a warmup given as steps, as epochs like 3e, or auto.
 
-    auto: 3 epochs of less than 10,000 images, else 1000 steps; above 256 images a step at least
-    100 log2(images a step). Raises ValueError for other text.
+    auto: 3 epochs if there are fewer than 10,000 images, else 1000 steps; with more than 256 images
+    per step, at least 100 log2(images per step) steps. Raises ValueError for other text.
     """
     if text == "auto":
         steps = math.ceil(3 * images / global_batch) if images < 10_000 else 1000
@@ -45,22 +45,22 @@ def warmup_steps(text: str, images: int, global_batch: int) -> int:
 
 
 class Plan(NamedTuple):
-    """The learning rate of a run, in optimizer steps and in shares of its peak."""
+    """The learning rate schedule of a run: optimizer steps, and rates as shares of the peak."""
 
     total_steps: int
     warmup: int                 # steps until the peak
     final_ratio: float = 0.05   # share at the last step
     start_ratio: float = 0.0    # share at step 0
     shape: str = "linear"       # of the warmup: linear, power or cosine
-    gamma: float = 2.0          # of power
+    gamma: float = 2.0          # exponent, for shape power
     decay: str = "cosine"       # after the warmup: cosine, step or flat
-    drops: tuple = ()           # step: steps at which the rate is multiplied by `drop`
+    drops: tuple = ()           # for decay step: steps at which the rate is multiplied by `drop`
     drop: float = 0.1
-    restarts: int = 0           # how often warmup and decay begin anew (SGDR)
+    restarts: int = 0           # how often warmup and decay start again (SGDR)
 
 
 def ramp(step: float, plan: Plan) -> float:
-    """How far the warmup has come: 0 at step 0, 1 from plan.warmup on."""
+    """Progress of the warmup: 0 at step 0, 1 from step plan.warmup on."""
     t = min(step / plan.warmup, 1.0) if plan.warmup else 1.0
     return {"linear": t, "power": t ** plan.gamma, "cosine": 0.5 - 0.5 * math.cos(math.pi * t)
             }[plan.shape]
@@ -69,8 +69,8 @@ def ramp(step: float, plan: Plan) -> float:
 def lr_share(step: int, plan: Plan) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0.
 
-    From start_ratio at step 0 to 1 at plan.warmup; then, for cosine, down to final_ratio at the
-    last step, total_steps - 1, where it stays. A restart warms up from final_ratio.
+    Rises from start_ratio at step 0 to 1 at plan.warmup; then a cosine decay falls to final_ratio
+    at the last step, total_steps - 1, and stays there. A restart warms up from final_ratio.
     """
     if plan.decay not in ("cosine", "step", "flat"):
         raise ValueError(f"schedule {plan.decay!r} unknown; it has no lines in lr_share yet")
@@ -88,8 +88,8 @@ def lr_share(step: int, plan: Plan) -> float:
 
 
 class WarmupEnd:
-    """The step at which the warmup ends. If dynamic, the end moves on while the loss does not
-    fall from one tenth of the warmup to the next, to at most 3 times the plan, or step `most`."""
+    """The step at which the warmup ends. If dynamic, the end moves a tenth of the plan later after
+    each tenth in which the loss did not fall, up to 3 times the plan and at most to step `most`."""
 
     def __init__(self, planned: int, dynamic: bool = False, most: float = math.inf):
         self.planned, self.dynamic, self.end = planned, dynamic, planned
@@ -97,7 +97,7 @@ class WarmupEnd:
         self.total, self.before = 0.0, math.inf
 
     def update(self, step: int, loss: float) -> None:
-        """Take in the loss of optimizer step `step`, counted from 1 and equal on all processes."""
+        """Add the loss, equal on all processes, of optimizer step `step`, counted from 1."""
         self.total, window = self.total + loss, max(self.planned // 10, 1)
         if step % window == 0:
             if self.dynamic and step <= self.end and self.total >= self.before:
@@ -113,23 +113,23 @@ class WarmupEnd:
 
 
 def sigma_scale(step: int, steps: int, start: float) -> float:
-    """How much wider than sigma keypoints may miss at `step`: start at step 0, 1 from `steps` on.
+    """Factor that widens the sigmas of OKS at `step`: `start` at step 0, 1 from step `steps` on.
 
-    A new network's keypoints miss by many sigmas, where OKS is 0 and flat: nothing pulls them in.
+    An untrained network's keypoints miss by many sigmas, where OKS is 0 and has no gradient.
     """
     return start ** (1 - min(step / steps, 1)) if steps > 0 else 1.0
 
 
 def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
-    """{optimizer step: epoch that is complete after it}, steps and epochs counted from 1."""
+    """{optimizer step: the epoch that it completes}, steps and epochs counted from 1."""
     return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
 
 
 def make_plan(args: argparse.Namespace, images: int,
               global_batch: int) -> tuple[dict[int, int], Plan]:
-    """epoch_ends, and the plan of the learning rate.
+    """Return epoch_ends and the plan of the learning rate.
 
-    args are train.py's flags. Raises ValueError for what cannot be.
+    args are train.py's flags. Raises ValueError if they do not fit the number of steps.
     """
     ends = epoch_ends(args.epochs, images, global_batch)
     if not args.resume and set(args.save_epochs) - set(ends.values()):
@@ -137,7 +137,7 @@ def make_plan(args: argparse.Namespace, images: int,
                          f"choose from 1 to {args.epochs}, and larger numbers of a small set")
     total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
     if args.warmup == "auto":
-        warmup = min(warmup, total // (args.restarts + 1) // 2)  # of a short run
+        warmup = min(warmup, total // (args.restarts + 1) // 2)  # at most half a cycle
     if not 0 <= warmup < total / (args.restarts + 1):
         raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total} with "
                          f"{args.restarts} restarts; choose fewer, or train longer")
@@ -149,10 +149,10 @@ def make_plan(args: argparse.Namespace, images: int,
 def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int = 0,
                    warmup_mult: dict[str, float] = {}, bias_ratio: float | None = None
                    ) -> LambdaLR:
-    """lr_share as a LambdaLR that stands at `step`; its step() comes after the optimizer's.
+    """lr_share as a LambdaLR that starts at `step`; call its step() after the optimizer's.
 
-    The groups' lr (when resuming, their initial_lr) is the peak. While warming up, biases start at
-    bias_ratio times it if that is given, and the parts in warmup_mult are slower by that factor.
+    The groups' lr (when resuming, their initial_lr) is the peak. In the first warmup, biases start
+    at bias_ratio times it, if given, and warmup_mult's factors, which rise to 1, slow parts.
     """
     def of_group(group: dict):
         def share(step: int) -> float:
@@ -168,14 +168,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupE
 
 def momentum_at(plan: Plan, warmup: WarmupEnd, step: int, start: float | None,
                 target: float) -> float:
-    """The momentum of `step`: from start, if that is given, to target while warming up."""
+    """The momentum at `step`: goes from start, if given, to target during the first warmup."""
     done = ramp(step, plan._replace(warmup=warmup.end))
     return target if start is None else start + (target - start) * done
 
 
 def curves(scheduler: LambdaLR, plan: Plan, warmup: WarmupEnd, start: float | None,
            target: float) -> dict[str, list[tuple[int, float]]]:
-    """About 1000 points (step, value) of every rate that differs, and of the momentum."""
+    """About 1000 points (step, value) of each distinct learning rate, and of the momentum."""
     steps, found = range(0, plan.total_steps, max(plan.total_steps // 1000, 1)), {}
     for group, peak, share in zip(scheduler.optimizer.param_groups, scheduler.base_lrs,
                                   scheduler.lr_lambdas):
@@ -190,7 +190,7 @@ def curves(scheduler: LambdaLR, plan: Plan, warmup: WarmupEnd, start: float | No
 
 def set_momentum(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int,
                  start: float | None, target: float) -> None:
-    """SGD's momentum, or Adam's beta1, for `step`: from start to target while warming up."""
+    """Set SGD's momentum, or Adam's beta1, to its value at `step`, see momentum_at."""
     now = momentum_at(plan, warmup, step, start, target)
     for group in optimizer.param_groups:
         if "betas" in group:
@@ -201,11 +201,11 @@ def set_momentum(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float,
                  lr_mult: dict[str, float] = {}) -> list[dict]:
-    """Parameters that train, for the optimizer: by part (backbone, neck, heads) and kind.
+    """Groups of the trainable parameters, by part (backbone, neck, heads) and kind.
 
-    Biases and norms do not decay; bottlenecks' alphas do, as in the original. lr_mult slows or
-    speeds a part. Each group says its part and whether it holds biases. What freezes together fills
-    whole groups, as fused SGD cannot begin with some parameters of a group later.
+    Biases and norms have no weight decay; the bottlenecks' alphas do, as in the original. lr_mult
+    multiplies the rate of a part. Each group names its part and whether it holds biases. Parameters
+    that freeze together fill whole groups: in fused SGD, all of a group must start at once.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
              for p in m.parameters()}
@@ -220,9 +220,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float,
 
 
 def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.optim.Optimizer:
-    """adamw, or sgd with Nesterov's momentum, of param_groups.
+    """Make the optimizer: adamw, or sgd with Nesterov momentum. groups are param_groups.
 
-    Fused ones are right only where gradients lie in memory as their parameters do. Ours do.
+    Fused ones are correct only if each gradient has the memory layout of its parameter. Ours do.
     """
     if kind == "sgd":
         return torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
@@ -232,10 +232,10 @@ def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.opti
 
 
 def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:
-    """How much of the average stays at optimizer step `step`, counted from 1.
+    """The EMA's decay (weight of the old average) at optimizer step `step`, counted from 1.
 
-    threshold  min(decay, (1 + step) / (10 + step)): early steps are forgotten soon
-    exp        decay * (1 - exp(-beta * step / total_steps)): the longer the run, the slower
+    threshold  min(decay, (1 + step) / (10 + step)): soon forgets the early weights
+    exp        decay * (1 - exp(-beta * step / total_steps)): rises more slowly in a longer run
     constant   decay
     """
     if kind == "threshold":
@@ -248,10 +248,10 @@ def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float 
 
 
 class EMA:
-    """A moving average of weights and BatchNorm statistics; `model` is what you evaluate and ship.
+    """A moving average of weights and BatchNorm statistics; evaluate and ship its `model`.
 
-    Integer buffers (BatchNorm's counter) are copied. Make it when source is on its device and of
-    its dtype: it follows these very tensors.
+    Integer buffers (BatchNorm's counter) are copied. Create it once source has its final device and
+    dtype: it keeps references to source's tensors.
     """
 
     def __init__(self, source: nn.Module, kind: str, decay: float, total_steps: int):
@@ -263,7 +263,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the source after optimizer step `step`, counted from 1."""
+        """Move the average towards source after optimizer step `step`, counted from 1."""
         decay = ema_decay(self.kind, self.decay, step, self.total_steps)
         mean, new = zip(*self.floats)
         torch._foreach_lerp_(mean, new, 1 - decay)
@@ -273,9 +273,9 @@ class EMA:
 
 
 class EarlyStopping:
-    """Says stop after `patience` epochs without a metric better by min_delta. Higher is better.
+    """Stops after `patience` epochs without a metric better by min_delta. Higher is better.
 
-    Epochs, not evaluations: how often one looks does not change when training stops.
+    Patience counts epochs, not evaluations, so it does not depend on how often these are done.
     """
 
     def __init__(self, patience: int, min_delta: float = 1e-4):
