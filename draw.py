@@ -500,18 +500,18 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
            global_batch: int, steps: tuple[int, ...]) -> Iterator[str]:
     """Warnings about likely mistakes in the arguments of print_plan."""
     if images < 5000 and args.lr_scale != "none" and 4 * global_batch < args.lr_batch:
-        yield ("few images and a rate that is scaled down learn next to nothing: --lr 2e-3 "
-               "--lr-scale none is a start, see README, Your own data")
+        yield ("with few images, a rate that is scaled down learns next to nothing: try --lr 2e-3 "
+               "--lr-scale none, see README, Your own data")
     if report and len(report["loaded"]) < 2 * len(report["skipped"]):
-        yield "few tensors of --weights fit: is it of another size? Then give that as --model"
+        yield "few tensors of --weights fit: has it another size? Then give that as --model"
     if steps[4] > steps[0] and args.sigma_start != 1:
         yield "the keypoint tolerance stays wide to the end: lower --sigma-epochs"
     pair = [i != j for i, j in enumerate(skeleton.flip)]
     alone = [name for name, paired in zip(skeleton.names, pair)
              if not paired and name.startswith(("left", "right"))]
     if alone or args.flip_pairs is None and not any(pair) and len(pair) > 1:
-        what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there a left and a right?"
-        yield f"{what} Name all in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
+        what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there no left and right?"
+        yield f"{what} Name all pairs in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],
@@ -553,7 +553,7 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, images[0],
                                                            batch[1], steps)]
     text = "\n".join(lines)
-    say(text + "\nETA           measured on the first steps, see below")
+    say(text + "\nETA           measured on the first steps, in the lines below")
     return text
 
 
@@ -566,7 +566,7 @@ def main() -> None:
         p.error(f"--out {args.out} must end in .html")
     begun = [run for run in args.runs if os.path.isfile(os.path.join(run, "log.jsonl"))]
     for run in [run for run in args.runs if run not in begun] if begun else ():
-        print(f"{run} has no log.jsonl, left out", file=sys.stderr)
+        print(f"{run} has no log.jsonl; left out", file=sys.stderr)
     try:
         runs = {run: read_log(run) for run in begun or args.runs}
         write_text(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))

@@ -470,7 +470,7 @@ def load_file(path: str):
             if getattr(error, "errno", None) not in (None, errno.EINVAL):  # the disk, not the file
                 raise OSError(error.errno, error.strerror, path) from None
             wrong = (str(error) or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{path} is no checkpoint of plain tensors, or damaged: {wrong}")
+    raise ValueError(f"{path} is damaged, or no checkpoint of plain tensors: {wrong}")
 
 
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict]:
@@ -592,5 +592,5 @@ def load_last(out: str) -> dict | None:
                 return load_file(path)
             except ValueError as error:
                 os.replace(path, path + ".damaged")
-                print(f"{error}; set aside as {name}.damaged")
+                print(f"{error}; renamed to {name}.damaged")
     return None

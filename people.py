@@ -189,9 +189,9 @@ def main() -> None:
         p.add_argument(f"--{name}", type=int, default=value, help=f"{text}; default: {value}")
     args = p.parse_args()
     if os.path.exists(args.root) or not args.root:
-        p.error(f"{args.root!r} exists, or is no name; give another")
+        p.error(f"{args.root!r} exists, or is empty; give a new folder")
     if min(args.train, args.val, args.seed + 1) < 1 or args.side < 16:
-        p.error("expected at least 1 image to train on and 1 to evaluate, of 16 px or more")
+        p.error("expected --train and --val from 1, --side from 16, --seed from 0 on")
     try:
         draw_dataset(**vars(args))
     except OSError as error:

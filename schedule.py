@@ -73,7 +73,7 @@ def lr_share(step: int, plan: Plan) -> float:
     at the last step, total_steps - 1, and stays there. A restart warms up from final_ratio.
     """
     if plan.decay not in ("cosine", "step", "flat"):
-        raise ValueError(f"schedule {plan.decay!r} unknown; it has no lines in lr_share yet")
+        raise ValueError(f"schedule {plan.decay!r} is unknown; add it to lr_share")
     cycle = plan.total_steps / (plan.restarts + 1)
     number = min(int(step / cycle), plan.restarts)
     step, low = step - number * cycle, plan.final_ratio if number else plan.start_ratio
@@ -133,8 +133,8 @@ def make_plan(args: argparse.Namespace, images: int,
     """
     ends = epoch_ends(args.epochs, images, global_batch)
     if not args.resume and set(args.save_epochs) - set(ends.values()):
-        raise ValueError(f"--save-epochs {args.save_epochs}: no step completes all of these; "
-                         f"choose from 1 to {args.epochs}, and larger numbers of a small set")
+        raise ValueError(f"--save-epochs {args.save_epochs}: some of these do not end "
+                         f"with a step (which may span several); choose others up to {args.epochs}")
     total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
     if args.warmup == "auto":
         warmup = min(warmup, total // (args.restarts + 1) // 2)  # at most half a cycle
@@ -228,7 +228,7 @@ def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.opti
         return torch.optim.SGD(groups, momentum=momentum, nesterov=True, fused=True)
     if kind == "adamw":
         return torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
-    raise ValueError(f"optimizer {kind!r} unknown; it has no lines in make_optimizer yet")
+    raise ValueError(f"optimizer {kind!r} is unknown; add it to make_optimizer")
 
 
 def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:

@@ -540,13 +540,13 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     (out / "last.pt").write_bytes(last[:len(last) // 2])
     run_here(monkeypatch, *resume, "--max-steps", 3, "--accumulate", 2)
     said = capsys.readouterr().out
-    assert "set aside as last.pt.damaged" in said and "1 done, 2 now" in said
+    assert "renamed to last.pt.damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="--lr 0.1 differs from the 0.002"):
         run_here(monkeypatch, *resume, "--lr", 0.1)
-    assert "last.pt is no checkpoint" in capsys.readouterr().out
+    assert "last.pt is damaged, or no checkpoint" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="takes 4 images, which are not 1 processes x 3"):
         run_here(monkeypatch, *resume, "--batch-size", 3)
     state = checkpoint(out, "previous.pt")

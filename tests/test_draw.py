@@ -274,7 +274,7 @@ def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch, capsys):
             run_main(monkeypatch, tmp_path / "good", "--out", tmp_path / out)
     assert not list(tmp_path.glob("*tmp"))
     run_main(monkeypatch, tmp_path / "good", tmp_path / "nowhere", "--out", tmp_path / "x.html")
-    assert capsys.readouterr().err.endswith("nowhere has no log.jsonl, left out\n")
+    assert capsys.readouterr().err.endswith("nowhere has no log.jsonl; left out\n")
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 1', b"5", b'{"AP": 0.3}', b"\0\0\xff\xfe", b"",
@@ -341,7 +341,7 @@ def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
 
 @pytest.mark.parametrize("names, flip, said", [
     (["nose"], [0], ""), (["a", "b"], [1, 0], ""), (["left_a", "right_a"], [1, 0], ""),
-    (["a", "b"], [0, 1], "is there a left and a right?"),
+    (["a", "b"], [0, 1], "is there no left and right?"),
     (["left_a", "right_a", "finL", "finR"], [0, 1, 3, 2], "left_a, right_a: in no pair.")])
 def test_a_plan_doubts_sides_without_a_twin(names, flip, said):
     skeleton = Namespace(names=names, flip=flip)

@@ -454,7 +454,7 @@ class Evil:
 def test_pickled_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "nanopose", "model": Evil()}, "last.pt")
-    with pytest.raises(ValueError, match="last.pt is no checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match="last.pt is damaged, or no checkpoint of plain tensors"):
         load_model("last.pt")
     assert train.load_last(".") is None and "damaged" in capsys.readouterr().out
     assert os.listdir() == ["last.pt.damaged"]

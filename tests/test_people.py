@@ -149,8 +149,8 @@ def test_the_command_draws_as_many_as_asked_for(tmp_path, monkeypatch, capsys):
     people.main()
     assert [len(os.listdir(root / name)) for name in ("train2017", "val2017")] == [3, 200]
     assert Image.open(root / "train2017" / "000001.jpg").size == (32, 32)
-    for flags, said in (([root], "exists, or is no name; give another"), ([""], "'' exists, or is"),
-                        (["--val", 0, root / "a"], "at least 1")):
+    for flags, said in (([root], "exists, or is empty; give a new"), ([""], "'' exists, or is"),
+                        (["--val", 0, root / "a"], "--val from 1")):
         monkeypatch.setattr("sys.argv", ["people.py", *map(str, flags)])
         with pytest.raises(SystemExit, match="2"):
             people.main()

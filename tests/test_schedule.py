@@ -213,9 +213,9 @@ def test_ema_decays_are_the_closed_forms():
 
 def test_what_is_not_known_is_not_taken_for_something_else():
     """A row of a table that nobody has written the code for."""
-    with pytest.raises(ValueError, match="'poly' unknown"):
+    with pytest.raises(ValueError, match="'poly' is unknown"):
         lr_share(0, Plan(100, 10, decay="poly"))
-    with pytest.raises(ValueError, match="'lion' unknown"):
+    with pytest.raises(ValueError, match="'lion' is unknown"):
         make_optimizer("lion", [{"params": [torch.ones(1)]}], 0.9)
 
 
