@@ -14,15 +14,15 @@ A sample is a dict; this list is the only definition of its keys:
     crowd      (M,)      bool, the box holds a crowd
     image_id   int, the json's id
     matrix     (2, 3)    float64, px of the file to px of the padded input
-    bad        list of str, errors of images that this one replaces
+    bad        list of str, error messages of the unreadable images that this one replaces
     mask       (S/2, S/2) uint8, only if asked for: 0 nobody's pixel, 1 somebody's, 2 unknown
 
-Pixels: coordinates are continuous. Pixel i covers [i, i + 1) and its center is i + 0.5, as Pillow
-resamples and as COCO's boxes are drawn. COCO's keypoints are pixel *indices*: reading adds 0.5,
-writing results subtracts it, and nothing in between knows.
+Pixels: coordinates are continuous. Pixel i covers [i, i + 1) and its center is i + 0.5, as in
+Pillow's resampling and in COCO's boxes. COCO's keypoints are pixel *indices*: reading adds 0.5,
+writing results subtracts it, and everything in between is continuous.
 
-Geometry: whatever happens to an image (mirror, rotation, zoom, mosaic, padding) is one 3 x 3
-matrix, so its pixels are resampled once and its points move by the same numbers.
+Geometry: all that happens to an image (mirror, rotation, zoom, mosaic, padding) is one 3 x 3
+matrix, so its pixels are resampled only once, and its points go through the same matrix.
 """
 import atexit
 import functools
@@ -55,11 +55,11 @@ COCO_SIGMAS = [.026, .025, .025, .035, .035, .079, .079, .072, .072, .062, .062,
                .087, .089, .089]
 COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8],
               [7, 9], [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]
-DEFAULT_SIGMA = 0.05  # for a keypoint set without published ones; COCO's lie in 0.025 ... 0.107
+DEFAULT_SIGMA = 0.05  # for keypoints without published sigmas; COCO's are 0.025 to 0.107
 BODY_SHARE_OF_BOX = 0.53  # area of a person whose annotation lacks it, as a share of the box
 PAD_GRAY = 127
 PAD_MODES = ("center", "bottom_right")
-# What Pillow raises for files that are damaged, or too large to be meant.
+# What Pillow raises for files that are damaged, or suspiciously large.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error,
               Image.DecompressionBombError)
 # What each record of a json must have.
@@ -77,7 +77,7 @@ class DataError(ValueError):
 
 
 class Skeleton(NamedTuple):
-    """What belongs to a keypoint set; plain lists, so that it fits into a checkpoint."""
+    """What describes a keypoint set, as plain lists, so that it fits into a checkpoint."""
 
     names: list[str]        # K
     flip: list[int]         # K: row k of a mirrored person is row flip[k] of the original
@@ -96,12 +96,12 @@ class Annotations(NamedTuple):
     keypoints: np.ndarray  # (T, K, 3) float32, x px, y px, v; continuous coordinates
     crowd: np.ndarray      # (T,) bool
     masked: np.ndarray     # (T,) bool, the annotation has a segmentation
-    masks: bytes           # COCO's run lengths of people's pixels, image by image, if asked for:
-    mask_offsets: np.ndarray   # (N + 1,) int64, where in them an image's are; else (1,)
+    masks: bytes           # COCO's run lengths of people's pixels, image by image, if asked for
+    mask_offsets: np.ndarray   # (N + 1,) int64, where in masks each image begins; (1,) without
 
 
 def find_split(root: str, split: str) -> tuple[str, str]:
-    """The json and the image folder of a split, or FileNotFoundError."""
+    """The paths of a split's json and image folder. Raises FileNotFoundError."""
     for folder in (os.path.join(root, split), os.path.join(root, "images", split)):
         if os.path.isdir(folder):
             return os.path.join(root, "annotations", f"person_keypoints_{split}.json"), folder
@@ -110,7 +110,7 @@ def find_split(root: str, split: str) -> tuple[str, str]:
 
 
 def faults(coco: dict) -> Iterator[str]:
-    """What is wrong with the content of a json. The first counts; others may follow from it."""
+    """Yield what is wrong with a json's content. Read only the first: it may cause the others."""
     if not isinstance(coco, dict) or not all(isinstance(coco.get(what), list) for what in RECORDS):
         yield ("expected the lists images, annotations and categories of COCO's format; export "
                "your labels as COCO keypoints")
@@ -157,7 +157,7 @@ def faults(coco: dict) -> Iterator[str]:
 
 
 def wrong_with(ann: dict, images: set[int], category: dict) -> str:
-    """What is wrong with an annotation of a file of these images and this category, or nothing."""
+    """What is wrong with an annotation of a file with these image ids and this category, or ""."""
     numbers = 3 * len(category["keypoints"])
     bbox, keypoints = ann["bbox"], ann.get("keypoints") or [0] * numbers
     try:
@@ -187,10 +187,10 @@ def wrong_with(ann: dict, images: set[int], category: dict) -> str:
 
 
 def read_json(path: str) -> dict:
-    """Load a COCO keypoint file. What pycocotools needs and some tools leave out is filled in: area
-    (also if not positive), iscrowd, category_id, and keypoints of somebody who has none.
-    num_keypoints is counted anew; a category without keypoint names, which some add, left out.
-    Raises FileNotFoundError, or ValueError with the record that cannot train and what to do."""
+    """Load a COCO keypoint file. Fill in what pycocotools needs and some tools omit: area (also if
+    not positive), iscrowd, category_id, and keypoints (all 0) of a person who has none. Count
+    num_keypoints again; drop categories without keypoint names, which some tools add.
+    Raises FileNotFoundError, or ValueError that names the faulty record and what to do."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} not found; expected a COCO keypoint json (COCO's are in "
                                 f"annotations_trainval2017.zip)")
@@ -212,12 +212,12 @@ def read_json(path: str) -> dict:
 
 
 def runs_of(text: str) -> list[int]:
-    """The run lengths in COCO's compressed text: 5 bits a letter, differences from the third on."""
+    """Decode COCO's compressed run lengths: 5 bits a letter; from the fourth on, differences."""
     counts, value, shift = [], 0, 0
     for letter in text.encode():
         letter -= 48
         value, shift = value | (letter & 31) << shift, shift + 5
-        if not letter & 32:  # the last one of a number, whose highest bit is its sign
+        if not letter & 32:  # a number's last letter, whose highest bit is the sign
             value -= (letter >> 4 & 1) << shift
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
@@ -225,8 +225,8 @@ def runs_of(text: str) -> list[int]:
 
 
 def pixels_of(people: list[dict], image: dict) -> bytes:
-    """COCO's run lengths of all people of an image that have a segmentation: polygons or either
-    kind of RLE. Raises ValueError for others."""
+    """COCO's compressed run lengths of all people of an image that have a segmentation (polygons,
+    or either kind of RLE), as one mask. Raises ValueError for other segmentations."""
     parts, size = [], [image["height"], image["width"]]
     for ann in people:
         shape = ann.get("segmentation")
@@ -282,7 +282,7 @@ def flatten(coco: dict, only_people: bool = False, masks: bool = False) -> Annot
 
 
 def fingerprint(arrays: Iterable) -> str:
-    """The same for the same arrays: of Annotations, images and people, wherever the files lie."""
+    """A hash of the arrays' content. For Annotations it does not depend on where the files lie."""
     return hashlib.sha256(b"".join(
         a if isinstance(a, bytes) else a.tobytes() for a in arrays)).hexdigest()[:12]
 
@@ -298,8 +298,8 @@ def check_files(files: np.ndarray, folder: str) -> None:
 
 
 def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list) -> np.ndarray:
-    """People (T,) whose left and right may be exchanged: of two pairs that agree in nearly all of
-    the set on which way somebody faces (shoulders and hips; not wrists), one does not.
+    """People (T,) bool whose left and right may be swapped: two left-right pairs disagree on which
+    way they face, but agree in nearly all of the set (as shoulders and hips do; not wrists).
     xy (T, K, 2), labeled (T, K), widths (T,) of the boxes, flip (K)."""
     left, right = np.array([(i, j) for i, j in enumerate(flip) if i < j], int).reshape(-1, 2).T
     apart = (xy[:, left, 0] - xy[:, right, 0]) / np.maximum(widths, 1)[:, None]   # (T, pairs)
@@ -313,7 +313,7 @@ def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list)
 
 
 def describe(dataset: "CocoPose") -> list[str]:
-    """What is in a set, in lines to read before one trains with it. Opens about 1000 images."""
+    """Lines that describe a data set and its flaws before training. Opens about 1000 images."""
     a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
     labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
     people = labeled.any(1) & ~a.crowd                                            # (T,)
@@ -357,10 +357,10 @@ def describe(dataset: "CocoPose") -> list[str]:
 
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
-    """Names, mirror order, lines and sigmas of a json's category.
+    """Names, mirror order, edges and sigmas of a json's category.
     flip_pairs  "left_a:right_a,left_b:right_b"; otherwise names that start with left_ and right_
     sigmas      K numbers; otherwise the category's, COCO's for COCO's names, or DEFAULT_SIGMA
-    Raises ValueError for a name that is not there or in two pairs, or another number of sigmas."""
+    Raises ValueError for names that are unknown or in two pairs, and for wrong sigmas or edges."""
     category = coco["categories"][0]
     names = category["keypoints"]
     if flip_pairs is None:
@@ -392,8 +392,8 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
 
 
 class Augment(NamedTuple):
-    """How much a training image is changed; these are the values for sizes n and s. A field that
-    you add should be off: all strengths begin with these."""
+    """How strongly training images are augmented; the defaults are for sizes n and s. A field that
+    you add should be off by default, as all strengths start from these defaults."""
 
     mosaic: float = 0.5      # probability of a 2 x 2 collage with three other images
     flip: float = 0.5        # probability of a mirror image
@@ -401,14 +401,14 @@ class Augment(NamedTuple):
     contrast_range: float = 0.2    # factors lie in 1 - this ... 1 + this
     bgr: float = 0.0         # probability of exchanged red and blue
     hsv: float = 0.5         # probability of another hue, saturation and value
-    hsv_gain: float = 20.0   # largest change: hue in 2 degrees, the others in percent
+    hsv_gain: float = 20.0   # largest change: hue in steps of 2 degrees, the others in percent
     rotate90: float = 0.0    # probability of a turn by 0, 90, 180 or 270 degrees
     affine: float = 0.75     # probability of rotation, zoom and shift
     degrees: float = 5.0     # largest rotation
-    scale: tuple = (0.75, 1.5)     # zoom
+    scale: tuple = (0.75, 1.5)     # smallest and largest zoom
     translate: float = 0.1   # largest shift, as a share of width and height
-    mixup: float = 0.0       # probability of a blend with another sample, people of both counting
-    occlude: float = 0.0     # for each person, probability of something in front of it
+    mixup: float = 0.0       # probability of a blend with another sample and its people
+    occlude: float = 0.0     # probability, for each person, of being partly covered
     last_mosaic: float = math.inf  # epochs from here on (the first is 0) have no mosaic
 
 
@@ -425,7 +425,7 @@ def matrix3(a: float, b: float, c: float, d: float, e: float, f: float) -> np.nd
 
 
 def move(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Points (..., 2) px through a (2 or 3, 3) matrix, in float64."""
+    """Map points (..., 2) px by a (2 or 3, 3) matrix, in float64."""
     return points @ matrix[:2, :2].T + matrix[:2, 2]
 
 
@@ -436,8 +436,8 @@ def undo(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def random_geometry(width: int, height: int, rng: np.random.Generator,
                     augment: Augment) -> tuple[np.ndarray, int, int]:
-    """Mirror, quarter turns, rotation, zoom and shift: (3, 3) matrix, and width and height px of
-    the frame, which is as large as the image (and turned with it); what leaves it is cut off."""
+    """Random mirror, quarter turns, rotation, zoom and shift as a (3, 3) matrix; and width and
+    height, px, of the frame: that of the image after quarter turns. What leaves it is cut off."""
     matrix = np.eye(3)
     if rng.random() < augment.flip:
         matrix = matrix3(-1, 0, width, 0, 1, 0)
@@ -457,8 +457,8 @@ def random_geometry(width: int, height: int, rng: np.random.Generator,
 
 
 def random_color(mean: np.ndarray, rng: np.random.Generator, augment: Augment) -> np.ndarray:
-    """Brightness, contrast, red-blue exchange, hue, saturation, value as one (3, 4) matrix (all are
-    linear, or nearly so). mean (3,) is the image's mean color, about which contrast turns."""
+    """Random brightness, contrast, red-blue swap, hue, saturation and value as one (3, 4) matrix
+    (all are linear, or nearly so). mean (3,) is the image's mean color, the pivot of contrast."""
     color = np.eye(3, 4)
     if rng.random() < augment.contrast:
         contrast, brightness = 1 + rng.uniform(-1, 1, 2) * augment.contrast_range
@@ -476,7 +476,7 @@ def random_color(mean: np.ndarray, rng: np.random.Generator, augment: Augment) -
 
 
 def letterbox(width: int, height: int, size: int, pad: str) -> np.ndarray:
-    """Scale the longer side to `size` px and pad: (3, 3) matrix. pad is one of PAD_MODES."""
+    """The (3, 3) matrix that scales the longer side to `size` px and pads; pad: see PAD_MODES."""
     zoom = size / max(width, height)
     if pad == "bottom_right":
         return matrix3(zoom, 0, 0, 0, zoom, 0)
@@ -485,8 +485,8 @@ def letterbox(width: int, height: int, size: int, pad: str) -> np.ndarray:
 
 
 def collage(frames: list[tuple[int, int]]) -> tuple[list[tuple[float, float]], int, int]:
-    """Where four frames (width, height) go in a 2 x 2 mosaic: corners x, y and the whole's size.
-    They meet in the middle row; each row is centered. A single frame stays where it is."""
+    """Where four frames (width, height) go in a 2 x 2 mosaic: top left corners x, y, and its
+    width, height. All touch the line between the rows, which are centered. A single one stays."""
     if len(frames) == 1:
         return [(0, 0)], *frames[0]
     (w0, h0), (w1, h1), (w2, h2), (w3, h3) = frames
@@ -497,7 +497,7 @@ def collage(frames: list[tuple[int, int]]) -> tuple[list[tuple[float, float]], i
 
 
 def shrink_for(zoom: float) -> int:
-    """The largest power of two by which an image may shrink before it is zoomed, as a whole."""
+    """The largest power of two by which an image may be reduced first if `zoom` is the total."""
     return 2 ** max(math.floor(-math.log2(zoom)), 0)
 
 
@@ -505,7 +505,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
          color: np.ndarray | None = None, fill: int = PAD_GRAY, mode: str = "bilinear") -> None:
     """Draw image (H, W, C) uint8 through the (3, 3) matrix into region x1, y1, x2, y2 px of canvas
     (C, S, S) uint8, which shows `fill` where the image ends. color, a (3, 4) matrix, changes the
-    image alone. Only the pixels that can be seen are touched."""
+    image, not the fill. Only pixels that will be visible are computed."""
     height, width = image.shape[:2]
     frame = move(np.array([[0, 0], [width, 0], [0, height], [width, height]]), matrix)   # (4, 2)
     left, top = np.floor(np.maximum(region[:2], frame.min(0)) + 0.5).astype(int)
@@ -514,7 +514,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
         return
     inverse = np.linalg.inv(matrix)  # where each pixel of the canvas comes from
     seen = move(np.array([[left, top], [right, top], [left, bottom], [right, bottom]]), inverse)
-    x0, y0 = np.floor(seen.min(0)).astype(int).clip(1) - 1  # with the neighbors of a bilinear mean
+    x0, y0 = np.floor(seen.min(0)).astype(int).clip(1) - 1  # with the neighbors that bilinear needs
     x1, y1 = np.minimum(np.ceil(seen.max(0)).astype(int) + 1, (width, height))
     if color is None and np.array_equal(inverse[:2, :2], np.eye(2)) and not (inverse % 1).any():
         x0, y0 = move(np.array([left, top]), inverse).astype(int)
@@ -522,18 +522,18 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
         canvas.numpy()[:, top:bottom, left:right] = exact.transpose(2, 0, 1)
         return
     outside = torch.full((image.shape[2],), float(fill))
-    if color is not None:  # changes the result; what becomes `fill` by it lies outside
+    if color is not None:  # applied after sampling; outside lies the color it maps to `fill`
         linear, offset = torch.from_numpy(color.copy()).split([3, 1], 1)
         outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()         # (3,)
         linear = linear.float()
     patch = np.array(image[y0:y1, x0:x1].transpose(2, 0, 1), order="C")             # (C, h, w)
     patch = torch.from_numpy(patch).float().sub_(outside[:, None, None])
-    # grid_sample's places go from -1 to 1, from edge to edge.
+    # grid_sample's coordinates go from -1 to 1, from edge to edge.
     scale, back = 2 / np.array([x1 - x0, y1 - y0]), inverse[:2] - [[0, 0, x0], [0, 0, y0]]
     (a, b, c), (d, e, f) = (back * scale[:, None] - [[0, 0, 1], [0, 0, 1]]).tolist()
-    upright = b == d == 0  # then nothing of the outside shows, and edges keep their full strength
+    upright = b == d == 0  # no turn: the outside does not show, and edges are not blended
     x = torch.arange(left, right) + 0.5                                           # (w,)
-    for first in range(top, bottom, 128):  # rows; what a core works on stays in its cache
+    for first in range(top, bottom, 128):  # 128 rows at a time fit a core's cache
         y = torch.arange(first, min(first + 128, bottom))[:, None] + 0.5          # (h, 1)
         grid = torch.empty(1, len(y), len(x), 2)
         torch.add(a * x + c, b * y, out=grid[0, ..., 0])
@@ -542,7 +542,7 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
                                align_corners=False)[0]                            # (C, h, w)
         if color is not None:
             pixels = (linear @ pixels.view(3, -1)).view(pixels.shape).clamp_(-fill, 255 - fill)
-        canvas[:, first:first + len(y), left:right] = pixels.add_(fill + 0.5)  # uint8 cuts off
+        canvas[:, first:first + len(y), left:right] = pixels.add_(fill + 0.5)  # uint8 truncates
 
 
 def blank(size: int) -> Tensor:
@@ -560,16 +560,16 @@ def fit_image(image: Image.Image, size: int, pad: str) -> tuple[np.ndarray, np.n
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB; of an animated one the first picture."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+    """An image of any mode as RGB; of an animated one the first frame."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndarray, int]:
-    """The image (h, w, 3) uint8, RGB, shrunk by a power of two as far as a later `zoom` allows (it
-    then reduces by less than 2, or it would alias), and that power. JPEG files decode reduced.
-    Rotation tags (EXIF) are ignored, as COCO's json ignores them.
+    """Open an image as (h, w, 3) uint8, RGB, already reduced by shrink_for(zoom), and return that
+    power of two, too. The rest of the zoom then reduces by less than 2, which does not alias. JPEG
+    files are decoded reduced. EXIF rotation tags are ignored, as COCO's json ignores them.
     Raises ValueError if the file's size is not the json's, or one of UNREADABLE."""
     image = Image.open(path)
     if image.size != (width, height):
@@ -588,9 +588,9 @@ def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndar
 class Cache:
     """Decoded images of a set, in one array that all loader processes fill and share.
 
-    Each is shrunk by the power of two after which it still covers an input of `size` px. kind "ram"
-    is one array for each training process, "disk" a file beside the images for all of them and for
-    later runs, named by images and size: remove it when you change open_image.
+    Each is reduced by the largest power of two that leaves its longer side at least `size` px. kind
+    "ram" is one array for each training process; "disk" is a file beside the images for all of them
+    and for later runs, named after images and size: remove it when you change open_image.
     Raises ValueError or OSError if there is too little room.
     """
 
@@ -598,7 +598,7 @@ class Cache:
         self.shrinks = [shrink_for(size / max(side)) for side in annotations.sizes.tolist()]
         self.sides = -(-annotations.sizes // np.array(self.shrinks)[:, None])     # (N, 2) px
         self.offsets = np.cumsum([0, *3 * self.sides.prod(1)])                    # (N + 1,)
-        total = int(self.offsets[-1]) + len(self.sides)  # the last say which images are there
+        total = int(self.offsets[-1]) + len(self.sides)  # the last N say which images are there
         takes = f"--cache {kind} takes {total / 1e9:.1f} GB"
         if kind == "ram":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -614,11 +614,11 @@ class Cache:
             try:
                 with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as f:
                     have = os.fstat(f.fileno()).st_size
-                    if sys.platform == "linux" and have < total:  # or a signal kills, once it fills
+                    if sys.platform == "linux" and have < total:  # else SIGBUS kills on a full disk
                         os.posix_fallocate(f.fileno(), 0, total)
                     f.truncate(total)
             except OSError as error:
-                if os.access(path, os.W_OK):  # another process may have been here
+                if os.access(path, os.W_OK):  # another process may have removed it
                     os.remove(path)
                 raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None
             array = np.memmap(path, np.uint8, "r+")
@@ -626,21 +626,21 @@ class Cache:
 
     def read(self, index: int, path: str, width: int, height: int,
              zoom: float) -> tuple[np.ndarray, int]:
-        """As open_image, for image `index` of the set."""
+        """Like open_image, for image `index` of the set."""
         (w, h), shrink = self.sides[index].tolist(), self.shrinks[index]
         image = self.pixels[slice(*self.offsets[index:index + 2])].reshape(h, w, 3)
         if not self.there[index]:
             image[:] = open_image(path, width, height, 1 / shrink)[0]
-            self.there[index] = 1  # only now; if two processes do it, they write the same
+            self.there[index] = 1  # last; two processes at once write the same pixels
         more = shrink_for(zoom * shrink)
         return np.asarray(Image.fromarray(image).reduce(more)) if more > 1 else image, shrink * more
 
 
 def occlude(image: Tensor, mask: Tensor | None, boxes: np.ndarray, keypoints: np.ndarray,
             rng: np.random.Generator, p: float) -> None:
-    """Cover a part of each person, of boxes (M, 4), with probability p: a plain rectangle around a
-    keypoint of it. image (3, S, S), its mask (1, S/2, S/2), and keypoints (M, K, 3) are changed in
-    place: what is covered of anybody was visible (2) and becomes hidden (1)."""
+    """Cover a part of each person of boxes (M, 4) with probability p, by a plain rectangle around
+    a labeled keypoint. image (3, S, S), mask (1, S/2, S/2) and keypoints (M, K, 3) are changed in
+    place: any person's visible keypoints (2) under the rectangle become hidden (1)."""
     for box, person in zip(boxes, keypoints):
         labeled = person[person[:, 2] > 0, :2]
         if rng.random() < p and len(labeled):
@@ -657,11 +657,11 @@ def occlude(image: Tensor, mask: Tensor | None, boxes: np.ndarray, keypoints: np
 
 
 class CocoPose(Dataset):
-    """Item (epoch, i) is the sample dict (see the top) of image i, changed as that epoch wants.
+    """Item (epoch, i) is the sample dict (see the top) of image i, augmented for that epoch.
 
     keep_ignored keeps crowds and people without a labeled keypoint in view; else they are dropped,
     and crowds that have keypoints count as people, as in the original recipe. An image that cannot
-    be read is replaced by the next, up to `spare` times in a row; then it is a DataError.
+    be read is replaced by the next one, up to `spare` times in a row; then DataError is raised.
     """
 
     def __init__(self, annotations: Annotations, folder: str, skeleton: Skeleton, size: int,
@@ -686,7 +686,7 @@ class CocoPose(Dataset):
                 bad.append(str(error))
 
     def sample(self, epoch: int, index: int) -> dict:
-        """Image `index` as that epoch wants it, from random numbers of its own."""
+        """Image `index` augmented for that epoch, with a random generator of its own."""
         rng = np.random.default_rng((self.seed, epoch, index))
         image, mask, people, matrix = self.compose(index, epoch, rng)
         if rng.random() < self.augment.mixup:
@@ -703,7 +703,7 @@ class CocoPose(Dataset):
         return sample if mask is None else {**sample, "mask": mask[0].numpy()}
 
     def compose(self, index: int, epoch: int, rng: np.random.Generator) -> tuple:
-        """Image `index`, perhaps with three others: image, mask or None, people and matrix."""
+        """Image `index`, or a mosaic with three others: canvas, mask or None, people, matrix."""
         indices = [index]
         if rng.random() < self.augment.mosaic and epoch < self.augment.last_mosaic:
             indices += rng.integers(len(self), size=3).tolist()
@@ -740,8 +740,8 @@ class CocoPose(Dataset):
 
     def paint_mask(self, canvas: Tensor, index: int, matrix: np.ndarray,
                    region: np.ndarray) -> None:
-        """The same for the pixels of people. A box that holds others is unknown: a crowd, or
-        somebody without a segmentation."""
+        """Resample the mask of people in the same way. Boxes of crowds and of people without a
+        segmentation are unknown (2), except where a segmented person is."""
         a, rows = self.annotations, slice(*self.annotations.offsets[index:index + 2])
         width, height = a.sizes[index].tolist()
         pixels = np.zeros((height, width), np.uint8)
@@ -753,9 +753,10 @@ class CocoPose(Dataset):
         warp(canvas, pixels[..., None], matrix, region, fill=0, mode="nearest")
 
     def people(self, index: int, matrix: np.ndarray, region: np.ndarray) -> tuple:
-        """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, moved and cut: outside
-        region (4,) px keypoints become unlabeled. Somebody with none left, or with a box under
-        1 px^2, keeps a box: neither person nor background. Who is out of view is dropped."""
+        """Boxes (M, 4), keypoints (M, K, 3) and crowd (M,) of image `index`, mapped by the matrix
+        and cut to region (4,) px: keypoints outside, or in a box under 1 px^2, become unlabeled. A
+        person with none left keeps a box, which counts neither as person nor as background. Who is
+        out of view is dropped."""
         a, rows = self.annotations, slice(*self.annotations.offsets[index:index + 2])
         low, high, crowd = region[:2], region[2:], a.crowd[rows]
         corners = a.boxes[rows][:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
@@ -776,7 +777,7 @@ class CocoPose(Dataset):
 def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
     """Images (B, 3, S, S) uint8 and targets: boxes (B, M, 4), keypoints (B, M, K, 3), crowd (B, M),
     image_id (B,), matrix (B, 2, 3), mask (B, S/2, S/2) if there is one, and the list `bad`.
-    M is the batch's largest, at least 1; rows without a person are 0."""
+    M is the batch's largest number of people, at least 1; rows without a person are 0."""
     targets = {"bad": [error for s in samples for error in s["bad"]],
                "image_id": torch.tensor([s["image_id"] for s in samples])}
     for name in ("boxes", "keypoints", "crowd"):
@@ -791,7 +792,7 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def random_size(size: int, gain: float, seed: int, step: int) -> int:
-    """The image size of one step, on all processes: a multiple of 32 in size * (1 -+ gain)."""
+    """A step's image size, the same on all processes: a multiple of 32 in size * (1 -+ gain)."""
     low, high = math.ceil(size * (1 - gain) / 32), math.floor(size * (1 + gain) / 32)
     if gain and low == high:
         raise ValueError(f"--multi-scale {gain} of {size} px reaches no other multiple of 32 px; "
@@ -800,7 +801,7 @@ def random_size(size: int, gain: float, seed: int, step: int) -> int:
 
 
 def resize(images: Tensor, targets: dict[str, Tensor], size: int) -> tuple[Tensor, dict]:
-    """Images (B, 3, S, S) and their targets at another size, on their device."""
+    """Resize images (B, 3, S, S) and their targets to `size` px, on their device."""
     zoom = size / images.shape[-1]
     if zoom == 1:
         return images, targets
@@ -816,12 +817,11 @@ def resize(images: Tensor, targets: dict[str, Tensor], size: int) -> tuple[Tenso
 
 def stream(images: int, seed: int, batch_size: int, start: int = 0, rank: int = 0,
            world_size: int = 1, accumulate: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, index) from step `start` on of an endless stream of shuffled epochs.
+    """Batches of (epoch, index), from step `start` on, of an endless stream of shuffled epochs.
 
     Step k takes positions k G to (k + 1) G - 1 of it, G = batch_size * world_size * accumulate, so
-    the order depends on the seed and G alone. A step is `accumulate` batches for each process. What
-    is taken is gone: a second loop goes on.
-    """
+    the order depends on the seed and G alone. A step is `accumulate` batches for each process. It
+    is a generator: a second loop over it goes on where the first one stopped."""
     @functools.lru_cache(1)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(images)
@@ -833,13 +833,13 @@ def stream(images: int, seed: int, batch_size: int, start: int = 0, rank: int = 
 
 
 def ignore_signals(worker: int) -> None:
-    """Schedulers and Ctrl-C signal loader processes too; only the training process decides."""
+    """Ignore Ctrl-C and schedulers' signals in loader processes: the training process decides."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def stop_workers() -> None:
-    """End all loader processes: as they ignore signals, the interpreter would wait for them."""
+    """Kill all loader processes: they ignore signals, so the interpreter would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
     for process in multiprocessing.active_children():
         if process.daemon:  # others would be a program's own, which waits for them
@@ -847,9 +847,9 @@ def stop_workers() -> None:
 
 
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
-    """Batches of collate for an iterable of lists of (epoch, index)."""
-    atexit.register(stop_workers)  # here: who only imports this file keeps its own processes
-    # Forked, as proven; and others would import torch anew each time, and get a copy of the cache.
+    """A DataLoader of collated batches; `batches` is an iterable of lists of (epoch, index)."""
+    atexit.register(stop_workers)  # not on import: it kills a program's other children, too
+    # Fork is tested; spawned workers would import torch again each time, and copy the cache.
     fork = "fork" if workers and (dataset.cache or sys.platform == "linux") else None
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,

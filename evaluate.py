@@ -1,7 +1,7 @@
 """From raw outputs to COCO keypoint AP.
 
     python evaluate.py --data DIR --weights runs/train/best.pt
-    python evaluate.py --data DIR --weights runs/train/best.pt --card card.html    # why is AP so?
+    python evaluate.py --data DIR --weights runs/train/best.pt --card card.html    # explains the AP
 
 Owns thresholds, NMS, COCO result dicts, scoring and the diagnosis of errors. Knows nothing about
 training, and nothing about how a page looks.
@@ -11,8 +11,8 @@ Read in this order: select, to_coco, score, evaluate; for the card diagnose, put
 Axes    B images   A anchors   K keypoints
         D detections kept in one image   M labeled people of one image   P pairs of the two
 Protocol: all images of the split count, with and without people; one scale, no mirroring unless
-asked for; the score of a result is the person score alone; pycocotools does the scoring, at most
-20 an image.
+asked for; a detection's score is the person score alone; pycocotools scores at most 20 detections
+an image.
 """
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
            "AR", "AR50", "AR75", "AR_medium", "AR_large", "OKS")
 KEYPOINT_NUMBERS = ("OKS", "PCK", "good", "jitter", "inversion", "swap", "miss")
 KINDS = ("best", "score", "duplicate", "background")  # of detections
-FOUND = 0.1      # OKS from which somebody counts as found
+FOUND = 0.1      # OKS from which a person counts as found
 PCK_SHARE = 0.1  # of the longer side of the box: https://doi.org/10.1109/TPAMI.2012.261
 GROUPS = {"people in the image": (("1", 0, 1), ("2", 1, 2), ("3 to 5", 2, 5),
                                   ("6 or more", 5, math.inf)),
@@ -55,8 +55,8 @@ def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
            pre: int = 300, post: int = 20) -> Tensor:
     """Which anchors of one image are detections, best first: indices (D,), D <= post.
 
-    boxes (A, 4) px, scores (A,). Keeps scores of at least conf, of those the best `pre`, and drops
-    what overlaps a better one by more than iou.
+    boxes (A, 4) px, scores (A,). Keeps scores of at least conf, of these the best `pre`, drops
+    boxes whose IoU with a better one is above iou, and returns the best `post`.
     """
     kept = (scores >= conf).nonzero()[:, 0]                                       # (D,)
     if len(kept) > pre:
@@ -66,9 +66,9 @@ def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
 
 def to_coco(image_id: int, category_id: int, scores: np.ndarray,
             keypoints: np.ndarray) -> list[dict]:
-    """Detections of one image as COCO results; scores (D,), keypoints (D, K, 3): x, y, px, a score.
+    """Detections of one image as COCO results; scores (D,), keypoints (D, K, 3): x px, y px, score.
 
-    COCO counts pixel indices, hence the 0.5. There is no "bbox" in a result: with one, pycocotools
+    COCO's keypoints are pixel indices, hence the 0.5. A result has no "bbox": with one, pycocotools
     would take its area instead of the pose's.
     """
     return [{"image_id": image_id, "category_id": category_id, "score": float(score),
@@ -77,8 +77,8 @@ def to_coco(image_id: int, category_id: int, scores: np.ndarray,
 
 
 def quiet_coco(labels: dict) -> COCO:
-    """pycocotools' index of a json that is already read, without its prints. Annotations are
-    numbered anew from 1: somebody of id 0 would count as nobody."""
+    """The COCO object of loaded labels, without pycocotools' prints. Annotation ids are renumbered
+    from 1: pycocotools would take a match with id 0 for no match."""
     coco = COCO()
     coco.dataset = labels | {"annotations": [
         {**ann, "id": n} for n, ann in enumerate(labels["annotations"], 1)]}
@@ -88,7 +88,7 @@ def quiet_coco(labels: dict) -> COCO:
 
 
 def gather(value) -> list:
-    """What each process gave to this call, on every process."""
+    """The values of all processes, in a list, on every process."""
     found = [value]
     if dist.is_initialized():
         found = [None] * dist.get_world_size()
@@ -97,7 +97,7 @@ def gather(value) -> list:
 
 
 def from_rank_0(value):
-    """What process 0 gave to this call, on every process."""
+    """Process 0's value, on every process."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -105,7 +105,7 @@ def from_rank_0(value):
 
 
 def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float]) -> COCOeval:
-    """pycocotools' judgement of the images in by_image, quietly: stats, ious, _gts and more.
+    """Score the images in by_image with pycocotools, quietly: stats, ious, _gts and more.
 
     by_image    image_id -> results of to_coco. An image without detections must be there with an
                 empty list: left out, it would not be scored, and AP would look better than it is.
@@ -126,7 +126,7 @@ def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float])
 
 
 def best_oks(scorer: COCOeval) -> dict[int, list[float]]:
-    """{image_id: OKS of each labeled person's best detection}, from score."""
+    """{image_id: OKS of each labeled person's best detection}, of what score returns."""
     best = {}
     for key, people in scorer._gts.items():
         values = scorer.ious.get(key, [])  # (D, people), or [] if either is 0
@@ -137,10 +137,10 @@ def best_oks(scorer: COCOeval) -> dict[int, list[float]]:
 
 def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
                 sigmas: Sequence[float]) -> dict[str, float]:
-    """The ten COCO keypoint numbers of score; and OKS, the mean of best_oks, which tells more than
-    AP where that is still near 0.
+    """COCO's ten keypoint metrics; and OKS, the mean of best_oks, which says more than AP while AP
+    is near 0.
 
-    -1 means that no labeled person is in that class of sizes.
+    -1 means that there is no labeled person of that size.
     """
     scorer = score(truth, by_image, sigmas)
     best = [oks for values in best_oks(scorer).values() for oks in values]
@@ -149,10 +149,10 @@ def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
 
 def people_in(out: Decoded, b: int, matrix: np.ndarray, conf: float, iou: float = 0.7,
               pre: int = 300, post: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of image b, best first: boxes (D, 4), scores (D,), keypoints (D, K, 3) of x, y and a score.
+    """People detected in image b, best first: boxes (D, 4), scores (D,), keypoints (D, K, 3).
 
-    matrix (2, 3) is its sample's; boxes and keypoints are in px of the file, continuous. The other
-    numbers are those of select.
+    Keypoints are x, y and a score. matrix (2, 3) is that of the image's sample; boxes and keypoints
+    are in px of the file, continuous. For the other parameters see select.
     """
     kept = select(out.boxes[b], out.scores[b], conf, iou, pre, post)              # (D,)
     boxes, scores, xy, kpt_scores = (t[b, kept].double().cpu().numpy() for t in out)
@@ -169,16 +169,16 @@ def detect(out: Decoded, targets: dict[str, Tensor], category_id: int, conf: flo
 
 
 def to_input(images: Tensor, model: nn.Module) -> Tensor:
-    """Images (B, 3, S, S) uint8 of a loader to the model's input in [0, 1], channels_last."""
+    """A loader's images (B, 3, S, S) uint8 as the model's input, in [0, 1], channels_last."""
     weight = next(model.parameters())
     return images.to(weight.device, non_blocking=True).to(weight.dtype).div_(255)
 
 
 def mirror(out: Decoded, height: int, width: int, flip: list[int]) -> Decoded:
-    """What the network says of mirrored images (height, width px), as if of the images themselves.
+    """Map the outputs for mirrored images (height, width px) back to the unmirrored images.
 
-    Sides are multiples of 32 px, so every cell has a twin: anchors change places with theirs, and
-    keypoints with those of the other side (Skeleton.flip).
+    Sides are multiples of 32 px, so every cell has a mirror twin: anchors change places with their
+    twins, and keypoints with those of the other side (Skeleton.flip).
     """
     centers, strides = make_anchors(height, width, out.scores.device)             # (A, 2), (A, 1)
     cells = (width - 2 * centers[:, 0]) / strides[:, 0]  # from each to its twin, in its row
@@ -193,12 +193,12 @@ def mirror(out: Decoded, height: int, width: int, flip: list[int]) -> Decoded:
 @torch.no_grad()
 def look(model: nn.Module, images: Tensor, flip: list[int] | None = None,
          bf16: bool = False) -> tuple[Decoded, Tensor | None]:
-    """Images (B, 3, S, S) uint8 decoded, before any threshold; and logits of people's pixels.
+    """Decoded outputs for images (B, 3, S, S) uint8, before any threshold; and mask logits or None.
 
-    flip is Skeleton.flip for the flip test: box and keypoints are the mean of image and mirror
-    image, each weighed by its score; the score is the larger, as a person is often seen by one
-    anchor here and by its neighbor there. bf16 is autocast for the network; decoding is float32.
-    Raises ValueError for a model in training mode, whose norms would learn from what it looks at.
+    flip is Skeleton.flip for the flip test: boxes and keypoints are the means of image and mirror
+    image, weighted by their scores; the score is the larger one, as a person is often detected by
+    an anchor in one and by its neighbor in the other. bf16: autocast of the network; decoding is in
+    float32. Raises ValueError for a model in training mode, whose norms would update statistics.
     """
     if model.training:
         raise ValueError("the model is in training mode; call its eval() first")
@@ -225,9 +225,9 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
              bf16: bool = False) -> tuple[dict[str, float], dict[int, list[dict]]]:
     """Metrics of the model (in eval mode) on the loader's images, and its results by image.
 
-    Each process brings its share of the images; process 0 scores all of them and tells the others,
-    so that all take the same decisions. mask_IoU, of all pixels that show somebody, comes along if
-    network and loader have masks. flip and bf16 are those of look.
+    Each process evaluates its share of the images; process 0 scores all and sends the metrics to
+    the others, so that all decide alike. If network and loader have masks, mask_IoU, of people's
+    pixels in all images, is added. flip and bf16 are those of look.
     """
     category_id = truth.dataset["categories"][0]["id"]
     by_image, start, pixels = {}, time.monotonic(), torch.zeros(2, dtype=torch.float64)
@@ -254,9 +254,9 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
 
 def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
                  model: nn.Module | None = None) -> list[Image.Image]:
-    """Inputs with their labels, or with what a model (in eval mode) sees. keys: (epoch, index).
+    """Draw inputs with labels, or with a model's predictions (in eval mode). keys: (epoch, index).
 
-    Of predictions those of score 0.3 or more are drawn, and always the best.
+    Predictions with a score of 0.3 or more are drawn, and always the best one.
     """
     samples, skeleton = [dataset[key] for key in keys], dataset.skeleton
     people = [(sample["boxes"], None, sample["keypoints"]) for sample in samples]
@@ -271,16 +271,16 @@ def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
 
 def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
                 model: nn.Module | None = None) -> None:
-    """A sheet of up to 16 of draw_samples' pictures."""
+    """Save a sheet of up to 16 of draw_samples' pictures."""
     contact_sheet(draw_samples(dataset, keys[:16], model)).save(path, quality=90)
 
 
 def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[int, list[dict]],
              most: int = 500) -> list[tuple[str, Image.Image]]:
-    """Three images each where the model is worst, best and between: captions and pictures.
+    """Captions and pictures of the model's worst, median and best images, up to three of each.
 
-    A picture has labels on the left and predictions on the right. Images with a labeled person
-    are ranked by the mean of best_oks, at most `most`, evenly spread. by_image is evaluate's.
+    A picture has labels on the left and predictions on the right. Images with a labeled person, at
+    most `most`, evenly spread, are ranked by the mean of best_oks. by_image is evaluate's.
     """
     index = {n: i for i, n in enumerate(dataset.annotations.ids.tolist()) if any(
         p["num_keypoints"] and not p["iscrowd"] for p in truth.imgToAnns[n])}
@@ -314,7 +314,7 @@ class Case(NamedTuple):
     results: list[dict]   # (D,) of to_coco, best score first
     people: list[dict]    # (M,) annotations
     kinds: list[str]      # (D,) one of KINDS, or ignored
-    pairs: np.ndarray     # (P, 2) a detection, and the person whose best one it is
+    pairs: np.ndarray     # (P, 2) index of a person's best detection, and of that person
     oks: np.ndarray       # (P,)
     told: np.ndarray      # (7, P, K) KEYPOINT_NUMBERS of each keypoint; 0 where it is not labeled
 
@@ -332,18 +332,18 @@ def similarity(poses: np.ndarray, labels: np.ndarray, area: np.ndarray,
 
 def diagnose(results: list[dict], people: list[dict], passed: np.ndarray,
              skeleton: Skeleton) -> Case:
-    """What each detection of an image is, and what is wrong with the keypoints of people's best.
+    """Classify each detection of an image, and the keypoint errors of each person's best detection.
 
-    results by score; passed (D,): at an OKS of 0.5 pycocotools passes over this one, as it shows a
-    crowd, or the first to show somebody without keypoints.
+    results: best score first. passed (D,): pycocotools ignores this detection at an OKS of 0.5, as
+    it shows a crowd, or is the first to show a person without keypoints.
     Errors are those of Ronchi & Perona, https://arxiv.org/abs/1707.05388, by these rules:
-    * Pairs are made by OKS, the largest first, down to FOUND; somebody whose left and right are
-      exchanged as a whole counts too. The best detection counts, whatever its score.
-    * A keypoint with a similarity of 0.85 to its label is good. Else the most similar decides: its
-      own label (jitter), that of the other side (inversion), or one of these two of another person
-      (swap). Below 0.5 it is a miss.
-    * A detection of somebody who has a better one is a score error if its score is higher, else
-      a duplicate.
+    * Detections and people are paired by OKS, largest first, down to FOUND; a pose with left and
+      right swapped as a whole is paired, too. The best detection counts, whatever its score.
+    * A keypoint with a similarity of at least 0.85 to its label is good. Else the most similar
+      label decides: its own (jitter), that of the other side (inversion), or either of these of
+      another person (swap). If none reaches 0.5, it is a miss.
+    * Another detection of a paired person is a score error if its score is higher, else a
+      duplicate.
     """
     flip, sigmas = skeleton.flip, np.asarray(skeleton.sigmas)
     poses = np.reshape([r["keypoints"] for r in results], (-1, len(flip), 3))[..., :2]
@@ -369,7 +369,7 @@ def diagnose(results: list[dict], people: list[dict], passed: np.ndarray,
     m = person[d]
     anybody = np.maximum(own, mirrored)[d].max(1, initial=0)                      # (P, K)
     three = np.stack([own[d, m], mirrored[d, m], anybody])                        # (3, P, K)
-    error = np.where(three.max(0) < 0.5, 4, 1 + three.argmax(0))  # (P, K); the first of equals
+    error = np.where(three.max(0) < 0.5, 4, 1 + three.argmax(0))  # (P, K); of equals the first
     error[three[0] >= 0.85] = 0
     far = np.linalg.norm(poses[d] - labels[m, :, :2], axis=-1)                    # (P, K) px
     told = [three[0], far <= PCK_SHARE * side[m, None], *(error == i for i in range(5))]
@@ -377,10 +377,10 @@ def diagnose(results: list[dict], people: list[dict], passed: np.ndarray,
 
 
 def put_right(case: Case, error: str) -> list[dict]:
-    """The image's results, had the network not made this one kind of error.
+    """The image's results as they would be without this one kind of error.
 
-    A keypoint moves onto its label; the score becomes the OKS of people's best and 0 for the rest;
-    duplicates and inventions go; missed people are there, with score 1.
+    A wrong keypoint moves onto its label; scores become the OKS of each person's best detection and
+    0 for the others; duplicates and background are removed; missed people are added, with score 1.
     """
     if error == "missed":
         return case.results + [
@@ -414,15 +414,15 @@ def crowd_index(people: list[dict]) -> float:
 
 
 def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) -> dict:
-    """Everything that labels tell about results, as plain numbers; -1 where nothing is labeled.
+    """All that labels reveal about results, as plain numbers; -1 where nothing is labeled.
 
-    scores     AP and AR of all images, and by what is in them
+    scores     AP and AR of all images, and of groups of images or people
     keypoints  KEYPOINT_NUMBERS of people who were found, each the mean over labeled keypoints
     errors     how many of each kind, and the AP of results without them
     """
     scorer, cases = score(truth, by_image, skeleton.sigmas), {}
     passed = {e["image_id"]: e["dtIgnore"][0] for e in scorer.evalImgs[:len(by_image)] if e}
-    for i, found in by_image.items():  # evalImgs begin with people of every size, dtIgnore with 0.5
+    for i, found in by_image.items():  # evalImgs begins with all sizes, dtIgnore with OKS 0.5
         results = sorted(found, key=lambda r: -r["score"])[:20]
         people = [a for a in scorer._gts[i, truth.dataset["categories"][0]["id"]]
                   if not a["ignore"]]
@@ -448,7 +448,7 @@ def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) 
 
 
 def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skeleton) -> dict:
-    """The keypoints and errors of make_card; ap is that of the results as they are."""
+    """The keypoints and errors of make_card; ap is the AP of the unchanged results."""
     told = np.concatenate([case.told for case in cases.values()], 1).sum(1)       # (7, K)
     told = np.column_stack([told.sum(1), told])                                   # (7, 1 + K)
     labeled = told[2:].sum(0).astype(int).tolist()
@@ -480,10 +480,10 @@ def seconds(call: Callable) -> float:
 
 def load_model(path: str, size: str | None = None, image_size: int | None = None,
                pad: str | None = None) -> tuple[YoloNasPose, dict]:
-    """The network of a checkpoint with its weights in eval mode, and the checkpoint's other parts:
-    always skeleton (a Skeleton's fields), image_size (px) and pad, the file's if not given here.
+    """The network of a checkpoint with its weights, in eval mode, and a dict of the file's other
+    parts: always skeleton (a Skeleton's fields), image_size (px) and pad, as given here or saved.
 
-    size is needed for official files, which name neither it nor their keypoints: 17 are COCO's.
+    size is needed for official files, which name neither it nor keypoints; 17 are taken for COCO's.
     Raises OSError and ValueError.
     """
     state, file = read_weights(path)
@@ -523,14 +523,14 @@ def check_names(whose: str, names: list[str], expected: list[str]) -> None:
 
 
 def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple[CocoPose, dict]:
-    """The images of a json as the network of load_model's file wants them, and the labels.
+    """The images of a json, prepared for the network of load_model's file, and the labels.
 
-    masks: with people's pixels, if there are any. Raises OSError and ValueError.
+    masks: read people's pixels, if there are any. Raises OSError and ValueError.
     """
     labels, skeleton = read_json(path), Skeleton(**file["skeleton"])
     names = labels["categories"][0]["keypoints"]
     if "format" not in file and len(names) == len(skeleton.names):
-        skeleton = read_skeleton(labels)  # which an official file leaves to the labels
+        skeleton = read_skeleton(labels)  # an official file does not say it
     check_names(path, names, skeleton.names)
     masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])
     annotations = flatten(labels, masks=masks)
@@ -551,15 +551,15 @@ def check_places(p: argparse.ArgumentParser, written: list, read: list) -> None:
 
 
 def numbers(text: str) -> list[float]:
-    """Flag values like 90,120."""
+    """Parse a flag value like 90,120."""
     return [float(value) for value in text.split(",")]
 
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float,
           batch_size: int) -> argparse.Namespace:
-    """Read the command line: p's flags and, with these defaults, those that predict.py shares.
+    """Read the command line: p's flags, and those shared with predict.py and export.py.
 
-    Exits with code 2 and one line of advice if a value cannot work.
+    conf and batch_size: defaults. Exits with code 2 and one line of advice if a value cannot work.
     """
     add, p.usage = p.add_argument, p.usage or "%(prog)s [flags]"
     add("--weights", required=True, metavar="FILE", help="checkpoint of train.py, or official")
@@ -581,7 +581,7 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float,
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this file; as parse."""
+    """Read this script's flags, as parse does."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--data", metavar="DIR", help="COCO root, as in train.py")

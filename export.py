@@ -4,14 +4,14 @@
 
 In      images (B, 3, H, W) uint8, RGB; any B, H and W multiples of 32, at least 64
 Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of the input, pixel i
-        covering [i, i + 1): COCO's keypoints, back in the file, are 0.5 less; scores (B, A) and
-        keypoint_scores (B, A, K) in [0, 1]. A anchors, most of them background
-Inside  json, as metadata of ONNX, as extra file nanopose.json of pt2: the keypoints' names, flip,
-        edges, sigmas; image_size and pad: scale an image by image_size / its longer side, fill with
-        127 (bottom_right, or center: all around; fit_image in data.py to the last bit); conf, iou,
-        pre, post of evaluate.py's select (conf 0.01 is for AP; to look at, predict.py takes 0.3)
+        covering [i, i + 1) (for COCO results, subtract 0.5 after mapping keypoints back to the
+        file); scores (B, A) and keypoint_scores (B, A, K) in [0, 1]. A anchors, mostly background
+Inside  json, in ONNX as metadata, in pt2 as the extra file nanopose.json: the keypoints' names,
+        flip, edges, sigmas; image_size and pad: scale an image by image_size / its longer side,
+        pad with 127 (bottom_right, or center: all around; fit_image in data.py does exactly this);
+        conf, iou, pre, post of evaluate.py's select (conf 0.01 is for AP; predict.py takes 0.3)
 
-NMS is yours; for boxes (A, 4) and scores (A,) of one image, in numpy (kept: best first):
+NMS is not in the file; for boxes (A, 4) and scores (A,) of one image, in numpy (kept: best first):
 
     left, kept = np.argsort(-scores)[:pre], []
     left = left[scores[left] >= conf]
@@ -44,14 +44,14 @@ from evaluate import (check_places, detect, keypoint_ap, load_model, open_split,
                       seconds, select, val_batches)
 from model import Decoded, decode
 
-LARGEST = 0.05, 1e-4      # difference from the network in PyTorch: px, scores
-TOLERANCE = 0.004, 0.01   # cost of a part in int8: 1 - OKS, difference of the person score
-# ConvTranspose has no int8 kernel on CPUs; what lies between convolutions would convert to and fro.
+LARGEST = 0.05, 1e-4      # allowed difference from PyTorch's network: px, scores
+TOLERANCE = 0.004, 0.01   # allowed cost of a part in int8: 1 - OKS, change of person score
+# CPUs lack an int8 ConvTranspose. Ops between convolutions, in float, would convert to and fro.
 INT8_OPS = ["Conv", "Relu", "MaxPool", "Concat", "Add", "Mul"]
 
 
 class Exported(nn.Module):
-    """Images (B, 3, H, W) uint8 to the fields of Decoded; torch.export.save takes a plain tuple."""
+    """Images (B, 3, H, W) uint8 to Decoded's fields, as the plain tuple torch.export.save needs."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -62,7 +62,7 @@ class Exported(nn.Module):
 
 
 def write(model: nn.Module, path: str, meta: dict) -> None:
-    """The fused network as a file for CPUs, path ending with .onnx or .pt2. No mask branch."""
+    """Write the fused network, without mask branch, for CPUs; path ends with .onnx or .pt2."""
     model.mask = None
     shapes = {"images": {0: torch.export.Dim("batch"), 2: 32 * torch.export.Dim("rows"),
                          3: 32 * torch.export.Dim("columns")}}
@@ -77,7 +77,7 @@ def write(model: nn.Module, path: str, meta: dict) -> None:
     made = torch.onnx.export(
         program, dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=["images"],
         output_names=["boxes", "scores", "keypoints", "keypoint_scores"]).model_proto
-    for node in made.graph.node:  # named by their module, which quantize goes by
+    for node in made.graph.node:  # named after their module, for parts_of
         scopes = [p.value for p in node.metadata_props if p.key.endswith("name_scopes")]
         node.name = f"{ast.literal_eval(scopes[0])[-2] if scopes else ''}/{node.name}"
         del node.metadata_props[:]
@@ -86,7 +86,7 @@ def write(model: nn.Module, path: str, meta: dict) -> None:
 
 
 def open_file(path: str, threads: int = 0):
-    """A function of images (B, 3, H, W) uint8 to Decoded that runs a written file on the CPU."""
+    """A function from images (B, 3, H, W) uint8 to Decoded that runs a written file on the CPU."""
     if path.endswith(".pt2"):
         module = torch.export.load(path).module()
         return lambda images: Decoded(*module(images))
@@ -99,7 +99,7 @@ def open_file(path: str, threads: int = 0):
 
 
 def largest_difference(a, b, batches: list[Tensor]) -> tuple[float, float]:
-    """Of two functions of images: in px of boxes and keypoints, and in scores. NaN counts."""
+    """Largest difference of two functions of images: boxes and keypoints, px; scores. Or NaN."""
     pairs = [[(x - y).abs().max() for x, y in zip(a(images), b(images))] for images in batches]
     boxes, scores, keypoints, kpt_scores = torch.tensor(pairs).T                  # (batches,) each
     px, score = torch.cat([boxes, keypoints]).max(), torch.cat([scores, kpt_scores]).max()
@@ -116,7 +116,7 @@ def average_precision(run, dataset: CocoPose, labels: dict, args: argparse.Names
 
 
 def cost(run, wanted: list[Decoded], images: list[Tensor], sigmas: list[float]) -> Tensor:
-    """What int8 costs, (2,): 1 - OKS and the difference in score, means over float's detections."""
+    """int8's cost, (2,): 1 - OKS and score change, score-weighted means over float's detections."""
     rows = []
     for image, was in zip(images, wanted):
         now, kept = run(image), select(was.boxes[0], was.scores[0], 0)            # (D,)
@@ -135,7 +135,7 @@ def parts_of(path: str) -> dict[str, list[str]]:
     import onnx
     parts = {}
     for node in onnx.load(path, load_external_data=False).graph.node:
-        scope = node.name.split("/")[0].split(".")  # model.heads.head1.cls_pred or so
+        scope = node.name.split("/")[0].split(".")  # like model.heads.head1.cls_pred
         if node.op_type in INT8_OPS and len(scope) > 2:
             name = ".".join(scope[1:4 if scope[-1].endswith("_pred") else 3])
             parts.setdefault(name, []).append(node.name)
@@ -143,13 +143,13 @@ def parts_of(path: str) -> dict[str, list[str]]:
 
 
 def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> None:
-    """Write `out`: path with these nodes in int8, their ranges those that images (1, 3, S, S) need.
+    """Write `out`: path with these nodes in int8, with ranges measured on images (1, 3, S, S).
 
-    Unsigned activations, signed weights for each channel, of 7 bits: x86 processors without VNNI
-    add two products in 16 bits.
+    Activations are unsigned; weights are signed, with a scale per channel, and of 7 bits, because
+    x86 processors without VNNI add two products in 16 bits.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    logging.disable(logging.WARNING)  # for each part it asks for what fuse() has done
+    logging.disable(logging.WARNING)  # for each part it would advise what fuse() has done
     batches = iter({"images": np.ascontiguousarray(image.numpy())} for image in images)
     quantize_static(path, out, SimpleNamespace(get_next=lambda: next(batches, None)),
                     quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
@@ -159,7 +159,7 @@ def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> Non
 
 
 def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> None:
-    """Write `out`: path in int8, but for the parts that alone cost more than TOLERANCE."""
+    """Write `out`: path in int8, except for parts that each cost more than TOLERANCE alone."""
     import onnx
     run, kept, floats = open_file(path), [], []
     wanted = [run(image) for image in images]
@@ -171,13 +171,13 @@ def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> N
         floats += [part] * sensitive
         print(f"{part:24} alone in int8: 1 - OKS {miss:.4f}, scores {shift:.4f}"
               + ", stays in float" * sensitive, flush=True)
-    if not kept:  # an empty list would mean all
+    if not kept:  # quantize would take [] for all nodes
         sys.exit("export.py: every part would cost too much in int8; nothing is written")
     quantize(path, out, images, kept)
     print(f"in float: {', '.join(floats) or 'no part'}")
     made = onnx.load(out)
     for mark in [p for p in made.metadata_props if p.key == "onnx.infer"]:
-        made.metadata_props.remove(mark)  # not json, as the others are
+        made.metadata_props.remove(mark)  # not json, unlike the others
     onnx.save(made, out)
 
 

@@ -3,7 +3,7 @@
     python predict.py --weights runs/train/best.pt photo.jpg "holiday/*.jpg" frames/
     python predict.py --weights yolo_nas_pose_n.pth --model n a.jpg --results found.json
 
-Owns which files are meant, and that photos stand upright (EXIF), which COCO's json ignores.
+Owns the search for files, and turning photos upright by EXIF, which COCO's json ignores.
 In Python: predict(*load_model("best.pt"), [Image.open("photo.jpg")]).
 """
 import argparse
@@ -26,11 +26,11 @@ from evaluate import check_places, load_model, look, parse, people_in, to_coco
 
 def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float = 0.3,
             iou: float = 0.7) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """People in each image, the 300 best: boxes (D, 4) px, scores (D,), keypoints (D, K, 3).
+    """People in each image, the best 300: boxes (D, 4) px, scores (D,), keypoints (D, K, 3).
 
-    model and file are load_model's. Keypoints are x, y, px, and a score; px of the image,
-    continuous: pixel i covers [i, i + 1). Photos are turned upright by their EXIF tag first. iou is
-    the largest overlap of two people.
+    model and file are load_model's. Keypoints are x px, y px and a score. px are of the image and
+    continuous: pixel i covers [i, i + 1). The EXIF tag turns photos upright first. iou is the
+    largest NMS overlap of two people.
     """
     images = [ImageOps.exif_transpose(image) for image in images]
     fitted = [fit_image(to_rgb(image), file["image_size"], file["pad"]) for image in images]
@@ -43,7 +43,7 @@ def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float
 
 
 def find_images(sources: list[str]) -> list[str]:
-    """The files of images, folders (not of folders in them) and patterns; frame 2 before frame 10.
+    """The files that sources (files, folders without subfolders, patterns) name; frame 2 before 10.
 
     Raises ValueError for a source without any.
     """
@@ -64,7 +64,7 @@ def find_images(sources: list[str]) -> list[str]:
 
 
 def out_names(files: list[str]) -> dict[str, str]:
-    """{file: name of its picture}: a.jpg, and where another is called so (or A) a_2.jpg, ..."""
+    """{file: name of its picture}: a.jpg, or a_2.jpg, ... if another one is a.jpg (or A.jpg)."""
     names, taken = {}, {"sheet.jpg"}
     for path in files:
         stem, n = os.path.splitext(os.path.basename(path))[0], 1
@@ -76,7 +76,7 @@ def out_names(files: list[str]) -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags of this file; as evaluate.parse."""
+    """Read this script's flags, as evaluate.parse does."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                 usage="%(prog)s --weights FILE SOURCE ... [flags]")
     p.add_argument("source", nargs="+", metavar="SOURCE", help="images, folders, quoted patterns")

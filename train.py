@@ -9,10 +9,10 @@ Read in this order: RECIPES, FLAGS, main, train_step.
 
 Axes    B images of this process and micro-batch   G images of one optimizer step, all processes
 
-N processes train the same model as one: every step takes the same G images in the same order,
-norms see all of them (SyncBatchNorm), and the gradient is summed first and divided once. A resumed
-run is the unbroken one bit for bit: a sample depends on (seed, epoch, index), the learning rate on
-the step, and the checkpoint holds all the rest.
+N processes train the same model as one: each step takes the same G images in the same order, norms
+see all processes' images (SyncBatchNorm), and the gradient is summed first, then divided once. A
+resumed run equals an unbroken one bit for bit: a sample depends on (seed, epoch, index), the
+learning rate on the step, and the checkpoint holds everything else.
 """
 import argparse
 import copy
@@ -31,8 +31,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# CPU threads that wait for each other spin briefly, then sleep: never sleeping starves the loader
-# processes, sleeping at once costs half the speed. OpenMP reads it when torch is imported.
+# Waiting CPU threads spin briefly, then sleep: without sleep they starve the loader processes, and
+# sleeping at once halves the speed. OpenMP reads this variable when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -58,7 +58,7 @@ from schedule import (EMA, EarlyStopping, WarmupEnd, curves, lr_share, make_opti
 AMP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUGMENTS = {"mosaic": MOSAIC, "heavy": MOSAIC_HEAVY, "flip": FLIP, "none": PLAIN}
 
-# What makes a recipe. lr belongs to lr_batch images a step and is scaled.
+# The recipes. lr is meant for lr_batch images per step; scaled_lr adapts it to the actual number.
 COMMON = {"image_size": 640, "epochs": 1000, "patience": 100, "eval_every": 1, "warmup": "auto",
           "warmup_start": 0.0, "warmup_momentum": None, "warmup_bias_lr": None, "momentum": 0.9,
           "final_ratio": 0.05, "weight_decay": 1e-6, "ema_decay": 0.997, "sigma_start": 8.0,
@@ -72,19 +72,19 @@ RECIPES = {
     "m": {**ML, "batch_size": 32, "lr_batch": 256, "lr": 1e-4},
     "l": {**ML, "batch_size": 24, "lr_batch": 192, "lr": 8e-5},
 }
-# The rates of m and l are for weights of a trained detector. From random weights: untested.
+# The rates of m and l assume a trained detector's weights. For random weights: these, untested.
 FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
-# Ultralytics' values of SGD: the momentum rises, and the biases' rate falls while others' rise.
+# SGD has Ultralytics' values: in the warmup, momentum and rates rise, but the biases' rate falls.
 OPTIMIZERS = {"adamw": {}, "sgd": {"lr": 0.01, "lr_batch": 64, "momentum": 0.937,
                                    "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}}
-# A few minutes on two CPU cores: small images, and the wide tolerance nearly to the end.
+# A few minutes on two CPU cores: small images; the keypoint tolerance narrows nearly to the end.
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
         "augment": "flip", "eval_every": 2, "warmup": "50", "ema_decay": 0.99, "sigma_epochs": 7.5}
 
 OUT = "runs/train"
 
-# What --resume may change. The batch may be cut in another way, its images a step stay; the labels
-# may lie elsewhere, but must be the same.
+# Flags that --resume may change. The images per step stay the same, but may be split differently;
+# the labels may lie elsewhere, but must be the same.
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "accumulate",
               "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad",
@@ -92,7 +92,7 @@ MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "acc
 
 
 def factors(text: str) -> dict[str, float]:
-    """Flag values like backbone=0.1,neck=0.5."""
+    """Parse a flag value like backbone=0.1,neck=0.5 into {part: factor}."""
     found = dict(item.split("=") for item in text.split(","))
     known = {"backbone", "neck", "heads", "mask"}
     if not found.keys() <= known or len(found) < len(text.split(",")):
@@ -103,14 +103,14 @@ def factors(text: str) -> dict[str, float]:
 
 
 def epochs_of(text: str) -> dict[str, int]:
-    """Flag values like backbone:-1,bn: {part: epochs}, 0 for always."""
+    """Parse a flag value like backbone:-1,bn into {part: epochs}; 0 means all epochs."""
     found = {part: int(n or 0) for part, _, n in (item.partition(":") for item in text.split(","))}
     if not found.keys() <= {"backbone", "neck", "bn"} or len(found) < len(text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, bn")
     return found
 
 
-# Group: flag, type or choices (bool is a switch), default (None: none, or the recipe's), meaning.
+# {group: (flag, type or choices, default, help)}. bool: a switch; None: none, or the recipe's.
 FLAGS = {
     "data": [
         ("data", str, None, "COCO root: annotations/person_keypoints_SPLIT.json, and SPLIT/ or "
@@ -223,7 +223,7 @@ FLAGS = {
 }
 METAVARS = {str: "TEXT", int: "N", float: "X", numbers: "X,X,...", factors: "PART=X,...",
             epochs_of: "PART:EPOCHS,..."}
-# No number may be negative.
+# No number may be negative. Those in POSITIVE must not be 0, those in SHARES not exceed 1.
 POSITIVE = ("image_size", "epochs", "batch_size", "accumulate", "lr", "lr_batch", "max_lr",
             "eval_every", "patience", "log_every", "clip_norm", "max_steps", "save_every",
             "sync_check", "max_skipped", "sigma_start")
@@ -234,7 +234,7 @@ SHARES = ("mosaic", "mixup", "flip", "bgr", "rotate90", "scale", "occlude", "mul
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with code 2 and one line of advice if a value cannot work.
 
-    What was not given is None, see fill_recipe; `given` names the rest.
+    Flags that were not given are None until fill_recipe; `given` lists the names of the others.
     """
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [flags]")
     for title, rows in FLAGS.items():
@@ -284,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in sorted(files - values.keys()) if files & values.keys() and not args.data else ():
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
                 f"are needed; --{name.replace('_', '-')} is missing")
-    args.out = args.out or OUT  # a run that goes on has its other values there
+    args.out = args.out or OUT  # already here: --resume reads the run there
     args.out += "/dry_run" if args.dry_run else ""
     return args
 
@@ -320,13 +320,13 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
 def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device, str]:
     """Join torchrun's process group if there is one. Return (rank, world_size, device, launch).
 
-    launch is a name that stays while torchrun starts its processes anew, and that nothing else has.
-    Without GPUs the processes talk over gloo; with them gloo carries what is not a tensor. Nobody
-    waits longer than 10 minutes, many times what process 0 takes to score COCO's 5,000 images.
-    Raises ValueError for more processes than GPUs, for a port that cannot be used, for launchers
-    that do not say which GPU is whose, and for flags that differ between machines.
+    launch is a unique name for this torchrun launch; it stays when torchrun restarts its processes.
+    Tensors travel over NCCL, or gloo without GPUs; other objects always over gloo. No process waits
+    longer than 10 minutes, many times what process 0 takes to score COCO's 5,000 images.
+    Raises ValueError for more processes than GPUs, an unusable port, a launcher that does not tell
+    each process its GPU (LOCAL_RANK), and flags that differ between machines.
     """
-    torch.set_flush_denormal(True)  # numbers near 0 cost a CPU 10 to 100 times the time of others
+    torch.set_flush_denormal(True)  # denormal numbers take a CPU 10 to 100 times as long
     env, gpus, wait = os.environ, torch.cuda.device_count(), datetime.timedelta(minutes=10)
     if "LOCAL_RANK" not in env:
         for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
@@ -354,18 +354,18 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
                             world_size=world_size, store=dist.PrefixStore(
                                 name_of_start(store, rank, world_size, wait), store))
-    may_differ = ("out", "weights", "teacher", "workers", "given")  # paths; files come later
+    may_differ = ("out", "weights", "teacher", "workers", "given")  # contents: see make_model
     check_alike({"torch": torch.__version__, "device": device.type} | {
         f"--{name.replace('_', '-')}": bool(value) if name in PATHS else value
         for name, value in vars(args).items() if name not in may_differ})
-    # torchrun's store outlives its processes. TORCHELASTIC_RESTART_COUNT would not do: nodes count
-    # differently.
+    # torchrun's store outlives its processes, so the first name set in it stays. Nodes may differ
+    # in TORCHELASTIC_RESTART_COUNT, so it cannot be the name.
     me = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     return rank, world_size, device, store.compare_set("launch", "", me).decode()
 
 
 def check_alike(mine: dict) -> None:
-    """Raise ValueError if something differs between processes that must be the same everywhere."""
+    """Raise ValueError if one of these values, {name: value}, differs between processes."""
     for rank, (host, other) in enumerate(gather((socket.gethostname(), mine))):
         for name in [name for name in mine if mine[name] != other[name]]:
             raise ValueError(f"{name}: {other[name]} in process {rank} on {host}, {mine[name]} on "
@@ -373,11 +373,11 @@ def check_alike(mine: dict) -> None:
 
 
 def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.timedelta) -> str:
-    """A name on which the processes of this start agree, and that no earlier start had.
+    """Agree with the other processes on a name for this start that no earlier start used.
 
-    torch 2.14 keeps the addresses of processes that died in the store that a restart reads, and
-    machines do not agree on the number of the restart. So process 0 chooses a name and answers
-    each of the others; who has read an earlier start's name gets no answer, and reads again.
+    In torch 2.14 a restart finds the addresses of dead processes in the store, and machines do not
+    agree on the number of restarts. So process 0 chooses a name and answers each of the others; a
+    process that has read the name of an earlier start gets no answer, and reads again.
     """
     me, deadline = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}", time.monotonic()
     if rank == 0:
@@ -396,8 +396,8 @@ def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.
 
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
-    """Training set, validation set, and the latter's labels. Raises ValueError and OSError."""
-    random_size(args.image_size, args.multi_scale, args.seed, 0)  # is there another size?
+    """The training set, the validation set and its labels. Raises ValueError and OSError."""
+    random_size(args.image_size, args.multi_scale, args.seed, 0)  # raises if it has no other size
     if not args.data and not args.train_json:
         args.data = "drawn_people"
         from_rank_0(draw_dataset(args.data) if rank == 0 else None)  # the others wait
@@ -428,7 +428,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     augment = AUGMENTS[args.augment]
     if args.scale is not None:
         changes["scale"] = (1 - args.scale, 1 + args.scale)
-        if not augment.affine:  # no strength with turns and shifts
+        if not augment.affine:  # the strength has no turns and shifts: zoom only
             changes |= {"affine": 1.0, "degrees": 0.0, "translate": 0.0}
     augment = augment._replace(last_mosaic=args.epochs - args.close_mosaic, **changes)
     cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)
@@ -440,23 +440,23 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
 
 
 def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, Tensor]:
-    """Lay all gradients into one tensor. Return it, and its last `extra` numbers, free for use.
+    """Put all gradients into one flat tensor. Return it, and its last `extra` elements, unused.
 
-    Each p.grad is a piece of it from now on, kept as p.piece: one all-reduce, one division, one
-    norm serve them all. A parameter that gets no gradient counts as 0. Never call zero_grad(): it
-    would cut that tie.
+    From now on each p.grad is a view into it, also kept as p.piece, so that one all-reduce, one
+    division and one norm cover all of them. A parameter without a gradient counts as 0. Never call
+    zero_grad(): it would detach p.grad from the flat tensor.
     """
-    sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # whole 64 bytes: kernels stay fast
+    sizes = [-(-p.numel() // 16) * 16 for p in parameters]  # 64-byte aligned: fast kernels
     flat = torch.zeros(sum(sizes) + extra, dtype=parameters[0].dtype, device=parameters[0].device)
     for i, p in enumerate(parameters):
-        p.piece = flat.as_strided(p.size(), p.stride(), sum(sizes[:i]))  # the optimizer wants p's
+        p.piece = flat.as_strided(p.size(), p.stride(), sum(sizes[:i]))  # fused needs p's strides
         p.grad = p.piece
     return flat, flat[sum(sizes):]
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Norms that are not synced go on with the mean of all processes' statistics; one all-reduce,
-    as one for each of N's 270 tensors would take a quarter of a second over gloo."""
+    """Average the running statistics of unsynced norms over all processes. One all-reduce: one for
+    each of size n's 270 tensors would take a quarter of a second over gloo."""
     moving = [t for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training
               for t in (norm.running_mean, norm.running_var)]
     if moving:  # else all are frozen
@@ -467,30 +467,30 @@ def average_statistics(model: nn.Module) -> None:
 
 
 class Step(NamedTuple):
-    """What an optimizer step reports: numbers of all processes, but for the last four."""
+    """What an optimizer step reports: the last four are of this process, the others of all."""
 
-    sums: list[float]    # assigned-score sum and the sums of the terms
+    sums: list[float]    # sum of assigned scores, then the sum of each loss term
     norm: float          # of the gradient, before clipping
-    finite: bool         # if not, nothing but the place in the stream has changed
+    finite: bool         # if not, the model is as before, only the place in the stream moved
     stop: bool           # some process was told to stop
     bad: bool            # some process met images that cannot be read
     waited: float        # seconds this process waited for data
-    image_ids: list[int]   # the images this process has seen
+    image_ids: list[int]   # of the images this process has seen
     mine: list[float]    # `sums` of this process
-    errors: list[str]    # of its images that cannot be read
+    errors: list[str]    # messages about its images that cannot be read
 
 
 def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss, batches: Iterator,
                optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                gradients: tuple[Tensor, Tensor], args: argparse.Namespace, size: int,
                sigma_scale: float, stop: bool) -> Step:
-    """One optimizer step over `accumulate` micro-batches on all processes, at images of `size` px.
+    """Take an optimizer step: `accumulate` micro-batches on each process, of images of `size` px.
 
-    gradients are flat_gradients(parameters, numbers): the numbers take up the assigned-score sum,
-    the terms, how many images were bad, and `stop`, which asks all to stop after this step.
+    gradients is what flat_gradients returns; its extra elements carry the assigned-score sum, the
+    terms, the number of bad images, and `stop`, which asks all processes to stop after this step.
     """
     (flat, tail), waited, image_ids, errors = gradients, 0.0, [], []
-    sums, device = tail[:-2], flat.device  # of scores, criterion.terms; then come bad and stop
+    sums, device = tail[:-2], flat.device  # score sum and terms; bad and stop follow
     half = torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no")
     flat.zero_()
     statistics = list(model.buffers())
@@ -506,7 +506,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         images, targets = resize(to_input(images, model), targets, size)
         with half:
             raw = model(images)
-        raw = raw.promote()  # the assigner takes a 6th power, which is 0 in half precision
+        raw = raw.promote()  # the assigner's 6th power would underflow in half precision
         decoded = decode(raw)
         terms, score_sum = criterion(raw, decoded, targets, sigma_scale)
         if teacher:
@@ -515,7 +515,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
                 raw, decoded, told, decode(told), sigma_scale).items()}
         assert terms.keys() == set(criterion.terms), "a term that loss.py's TERMS do not name"
-        # Summed losses are large for float16; a constant keeps them in range and cancels below.
+        # Summed losses are too large for float16; this constant divisor cancels below.
         scaler.scale(sum(terms.values()) / args.batch_size).backward()
         sums += torch.stack([score_sum, *(terms[name] for name in criterion.terms)]).detach()
     tail[-2], tail[-1] = len(errors), stop
@@ -525,7 +525,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         if args.no_sync_bn:
             average_statistics(model)
     scaler.unscale_(optimizer)
-    # The one division: by the scores assigned in the whole step, at least 1.
+    # The only normalization: by the sum of the scores assigned in the whole step, at least 1.
     gradient = flat[:-len(tail)]
     gradient *= args.batch_size / sums[0].clamp(min=1)
     norm = torch.linalg.vector_norm(gradient)
@@ -543,9 +543,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
 
 def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
     """Compare weights and buffers of all processes; end the run at the first that differs.
-
-    mine is this process's Step.mine.
-    """
+    mine is this process's Step.mine."""
     state = model.state_dict()
     bits = [t.flatten().view(torch.int64 if t.element_size() == 8 else torch.int32)
             for t in state.values()]
@@ -562,9 +560,10 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
 
 
 def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
-    """With --resume, or when torchrun starts again, the checkpoint to go on from; its flags win.
+    """The checkpoint to go on from, with --resume or after a restart by torchrun; else None.
 
-    Raises ValueError if there is nothing to go on from, or a flag was given that may not change.
+    Flags not given get its values. Raises ValueError if --resume finds none, if `out` holds a run
+    but --resume is not given, or if a given flag may not change.
     """
     saved, lost = from_rank_0((load_last(args.out), any(
         os.path.exists(f"{args.out}/{name}.pt.damaged") for name in ("last", "previous")))
@@ -595,8 +594,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
 
 
 def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: str) -> None:
-    """Bring all that has a memory to where the checkpoint stands; labels is their fingerprint."""
-    if saved.get("labels", labels) != labels:  # older files do not say
+    """Restore `at` and `parts` from the checkpoint. labels is the training set's fingerprint."""
+    if saved.get("labels", labels) != labels:  # older checkpoints lack it
         sys.exit(f"train.py: the run in {out} trains on other images or labels than those here; "
                  f"give it its own, or start a new run in another --out")
     try:
@@ -606,15 +605,15 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: 
     except (KeyError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: the run in {out} has another network, loss or optimizer; go on with "
                  f"the code that began it: {str(error).splitlines()[-1].strip()}")
-    saved.clear()  # as large as model, average and optimizer
+    saved.clear()  # frees the memory of a second model, average and optimizer
 
 
 def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> int:
-    """Set batch_size and accumulate; return the images of a step, which --resume never changes.
+    """Set batch_size and accumulate; return the images per step, which --resume never changes.
 
     Without --auto-batch a given --batch-size or --accumulate is kept. Otherwise a resumed run takes
-    the largest batch that divides a process's share: at most what norms have seen so far, and half
-    of one that was out of memory. Raises ValueError if that does not work out.
+    the largest micro-batch that divides a process's share: at most what norms saw before, and half
+    of one that ran out of memory. Raises ValueError if the product is not the images per step.
     """
     if not saved:
         return args.batch_size * args.accumulate * world_size
@@ -624,11 +623,11 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     share, limit = max(total // world_size, 1), args.batch_size
     if "batch_size" not in given:
         if "accumulate" in given or world_size != saved["world_size"]:
-            limit = max(share // args.accumulate, 1)  # norms go on seeing as many images
+            limit = max(share // args.accumulate, 1)  # norms see as many images as before
         if os.path.exists(note):
             with open(note) as f:
                 limit = min(limit, int(f.read()))
-        limit = min(gather(limit))  # nodes may have disks of their own
+        limit = min(gather(limit))  # nodes may not share a disk
         args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
     if "accumulate" not in given:
         args.accumulate = share // args.batch_size
@@ -640,10 +639,10 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
 
 
 def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
-    """Leave a smaller micro-batch for --resume, and end this process, or with --auto-batch begin it
-    anew. Raises other errors than those of memory, which cuDNN words in its own way.
+    """Note a smaller micro-batch for --resume, then end this process, or with --auto-batch restart
+    it. Re-raises errors that are not about memory; cuDNN words memory errors in its own way.
 
-    Not by an exception: other processes wait in a collective, and so would a clean exit.
+    Not by an exception: other processes wait in a collective, and a clean exit would wait, too.
     """
     if not (isinstance(error, torch.OutOfMemoryError)
             or re.search("unable to find an engine|ALLOC_FAILED", str(error))):
@@ -651,20 +650,20 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if half:
         os.makedirs(args.out, exist_ok=True)  # a node may have a disk of its own
-        write_text(f"{args.out}/out_of_memory", str(half))  # processes come here together
+        write_text(f"{args.out}/out_of_memory", str(half))  # maybe by several processes
         advice = (f"try --batch-size {half}" if args.dry_run else
                   f"go on with {half}, same images a step: --resume --out {shlex.quote(args.out)}")
     say(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
         f"{advice} ({' '.join(str(error).split())[:200]})", sys.stderr)
     if half and args.auto_batch and not (args.dry_run or dist.is_initialized()):
-        stop_workers()  # under torchrun, --max-restarts does what follows
+        stop_workers()  # under torchrun, --max-restarts restarts instead
         os.execv(sys.executable, [*sys.orig_argv, "--resume"])
     os._exit(1)
 
 
 def lock(out: str, new: bool) -> None:
-    """Let no other process write to `out` while this one lives. A new run removes what one before
-    it, whose checkpoints are gone, has left to go on with."""
+    """Keep other processes from writing to `out` while this one lives. A new run removes the log
+    and the out_of_memory note of an earlier run whose checkpoints are gone."""
     os.makedirs(out, exist_ok=True)
     handle = os.open(os.path.join(out, "lock"), os.O_RDWR | os.O_CREAT)
     try:
@@ -674,7 +673,7 @@ def lock(out: str, new: bool) -> None:
                  f"give another --out")
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            raise  # else a file system without locks, like Lustre's noflock
+            raise  # else the file system has no locks, like Lustre with noflock
         say(f"check         {out} cannot be locked ({error.strerror}): start no second run there")
     for name in ("log.jsonl", "out_of_memory") if new else ():
         if os.path.exists(f"{out}/{name}"):
@@ -683,7 +682,7 @@ def lock(out: str, new: bool) -> None:
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
                ) -> tuple[YoloNasPose, YoloNasPose | None, PoseLoss, dict[str, list[str]]]:
-    """The network, the same on every process; its teacher; its loss; and load_weights' report."""
+    """The network, the same on every process, its teacher, its loss, and load_weights' report."""
     if args.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ValueError("--amp bf16: this GPU, older than Ampere, only emulates it; use fp16")
     sync = dist.is_initialized() and dist.get_world_size() > 1 and not args.no_sync_bn
@@ -700,7 +699,7 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     report = {}
     if args.weights and not args.resume:
         report = load_weights(model, args.weights, skeleton.names, COCO_NAMES)
-    model.load_state_dict(from_rank_0(model.state_dict()))  # other CPUs may draw other last bits
+    model.load_state_dict(from_rank_0(model.state_dict()))  # last bits may differ by CPU
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
         check_names(f"--teacher {args.teacher}", file["skeleton"]["names"], skeleton.names)
@@ -715,10 +714,10 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
 
 
 def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) -> None:
-    """Training mode, but for the parts that are frozen in this epoch, counted from 0.
+    """Set training mode, except for the parts that are frozen in this epoch (counted from 0).
 
-    Their norms stay in eval mode and their parameters get no gradient at all: with one of 0 the
-    optimizer would still move them, by decay and momentum.
+    Frozen norms are in eval mode, and frozen parameters have no gradient at all: with a gradient
+    of 0 the optimizer would still move them, by weight decay and momentum.
     """
     frozen = {part for part, n in ranges.items()
               if n == 0 or (epoch < n if n > 0 else epoch >= epochs + n)}
@@ -727,13 +726,13 @@ def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) ->
         stays = name.split(".")[0] in frozen or norm and "bn" in frozen
         module.training = not stays
         for p in module.parameters(recurse=False):
-            if hasattr(p, "piece"):  # given by flat_gradients; others never train
+            if hasattr(p, "piece"):  # set by flat_gradients; the others never train
                 p.requires_grad_(not stays)
                 p.grad = None if stays else p.piece
 
 
 def give_up(what: str, steps: int, result: Step, rank: int) -> None:
-    """End the run after too many steps whose `what` was not finite, naming the last images."""
+    """End the run after too many non-finite steps in a row, naming the images of the last one."""
     guilty = what == "gradient" or not all(map(math.isfinite, result.mine))
     ids = gather(result.image_ids if guilty else [])
     images = ", ".join(str(i) for share in ids for i in share)
@@ -742,7 +741,7 @@ def give_up(what: str, steps: int, result: Step, rank: int) -> None:
 
 
 def note_bad(known: list[str], limit: int, errors: list[str], rank: int) -> None:
-    """Name the images that could not be read, each once; end the run if that makes too many."""
+    """Print each image that cannot be read once; end the run if there are more than `limit`."""
     new = sorted({error for share in gather(errors) for error in share} - set(known))
     known += new
     for error in new if rank == 0 else ():
@@ -753,8 +752,8 @@ def note_bad(known: list[str], limit: int, errors: list[str], rank: int) -> None
 
 
 def catch_signals() -> list[int]:
-    """A list that takes up the signals to stop: Ctrl-C, what schedulers send before they kill, and
-    a terminal that closes (nohup's wish to live on is kept). A second Ctrl-C stops at once."""
+    """Return a list that collects signals to stop: Ctrl-C, what schedulers send before they kill,
+    and a closed terminal (not if nohup ignores that). A second Ctrl-C stops at once."""
     asked = []
 
     def take(number: int, frame) -> None:
@@ -768,15 +767,15 @@ def catch_signals() -> list[int]:
 
 
 def largest_memory(device: torch.device) -> float:
-    """The most that this process has used so far, GB: of the GPU, or of the machine."""
+    """Peak memory of this process so far, GB: the GPU's, or without a GPU the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, else kB
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def mean_of(files: list[str]) -> dict[str, Tensor]:
-    """The mean of several files' weights and statistics; counters are the last one's."""
+    """The mean of several files' weights and statistics; counters are the last file's."""
     states = [load_file(file)["model"] for file in files]
     return {name: torch.stack([state[name] for state in states]).mean(0)
             if last.is_floating_point() else last for name, last in states[-1].items()}
@@ -785,15 +784,15 @@ def mean_of(files: list[str]) -> dict[str, Tensor]:
 def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, last: bool,
                  ema: EMA, loader: DataLoader, truth: COCO, stopper: EarlyStopping, log: Log,
                  about: dict, rank: int) -> None:
-    """Evaluate the average of the weights, and keep the best; after the last epoch, their mean.
+    """Evaluate the averaged weights (EMA) and keep the best; at the end, average the best epochs.
 
-    A best_EPOCH.pt goes when the next evaluation finds it no longer listed in `at.best`: only then
-    does no checkpoint need it.
+    A best_EPOCH.pt that drops out of `at.best` is removed at the next evaluation: until then a
+    checkpoint may still need it.
     """
     dataset = loader.dataset
     metrics, by_image = evaluate(ema.model, loader, truth, dataset.skeleton.sigmas)
     best, at.evaluated = stopper.best, epoch
-    # While AP is 0 people already come nearer: OKS says which weights are better.
+    # While AP is near 0, keypoints already improve: OKS says which weights are better.
     score = metrics["AP"] if metrics["AP"] > 0.001 else metrics["OKS"] - 1
     stopper.update(score, epoch)
     listed = [f"best_{e}.pt" for _, e in at.best]
@@ -842,12 +841,12 @@ def main() -> None:
     total_steps = plan.total_steps
     peak_lr = scaled_lr(args.lr, global_batch, args.lr_batch, args.lr_scale, args.max_lr)
     gradients = flat_gradients([p for p in model.parameters() if p.requires_grad],
-                               3 + len(criterion.terms))  # and scores, bad, stop
+                               3 + len(criterion.terms))  # 3: score sum, bad, stop
     groups = param_groups(model, peak_lr, args.weight_decay, args.lr_mult)
     optimizer = make_optimizer(args.optimizer, groups, args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = EMA(model, args.ema, args.ema_decay, total_steps)
-    if args.compile:  # after the average took its copy
+    if args.compile:  # after EMA has copied it
         model.compile(fullgraph=True)
     warmup = WarmupEnd(plan.warmup, args.dynamic_warmup, total_steps // (args.restarts + 1) // 2)
     stopper = EarlyStopping(args.patience)
@@ -897,7 +896,7 @@ def main() -> None:
         if epoch and epoch in args.save_epochs and rank == 0:
             write_atomically(f"{args.out}/epoch_{epoch}.pt",
                              {**about, "model": ema.model.state_dict(), "step": at.step})
-        if epoch > at.evaluated and (at.step == total_steps or  # a step may complete several
+        if epoch > at.evaluated and (at.step == total_steps or  # a step may complete several epochs
                                      epoch // args.eval_every > at.evaluated // args.eval_every):
             finish_epoch(args, at, epoch, at.step == total_steps, ema, val_loader, truth, stopper,
                          log, about, rank)
@@ -911,7 +910,7 @@ def main() -> None:
         size = random_size(args.image_size, args.multi_scale, args.seed, at.step + at.skipped)
         tolerance = sigma_scale(at.step, widen_steps, args.sigma_start)
         rate = peak_lr * lr_share(at.step, plan._replace(warmup=warmup.end))
-        # For layers that you add and that draw, like Dropout: a resumed run draws the same.
+        # For random layers that you may add, like Dropout: a resumed run draws the same numbers.
         torch.manual_seed(hash((args.seed, at.step + at.skipped, rank)))
         try:
             result = train_step(model, teacher, criterion, batches, optimizer, scaler, gradients,
@@ -924,7 +923,7 @@ def main() -> None:
             at.step, at.in_a_row = at.step + 1, 0
             ema.update(at.step)
             warmup.update(at.step, sum(result.sums[1:]) / max(result.sums[0], 1.0))
-            scheduler.step()  # after the warmup's end may have moved, as a resumed run has it
+            scheduler.step()  # after warmup.update, so that a resumed run has the same rate
             log.step(at.step, result, rate, largest_memory(device))
             if args.sync_check and world_size > 1 and at.step % args.sync_check == 0:
                 sync_check(model, result.mine, rank)
@@ -945,7 +944,7 @@ def main() -> None:
 
 
 def guarded_main() -> None:
-    """main, with one line for what data and machines do to a run; all else keeps its traceback."""
+    """Run main; end with one line on errors of data or machine, with a traceback on others."""
     try:
         main()
     except DataError as error:
