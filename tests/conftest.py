@@ -1,9 +1,11 @@
-"""One thread, and the folder of the modules. OpenMP reads its variable when torch is imported."""
+"""One thread of the CPU, also where there is a GPU, and the folder of the modules. CUDA and OpenMP
+read their variables when torch is imported."""
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two processes on one GPU are refused
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
