@@ -25,6 +25,7 @@ Geometry: all that happens to an image (mirror, rotation, zoom, mosaic, padding)
 matrix, so its pixels are resampled only once, and its points go through the same matrix.
 """
 import atexit
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -833,9 +834,11 @@ def stream(images: int, seed: int, batch_size: int, start: int = 0, rank: int = 
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore Ctrl-C and schedulers' signals in loader processes: the training process decides."""
+    """Let a loader process end with the training process, not by Ctrl-C or schedulers' signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: workers would keep a killed parent's GPU memory
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def stop_workers() -> None:

@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -700,6 +702,33 @@ data.stop_workers()
 own.join()
 sys.exit(own.exitcode)
 """
+
+
+SLOW_LOADER = """
+import data, os, time, torch
+class Slow(list):
+    cache = None
+    def __getitem__(self, key):
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+next(iter(data.make_loader(Slow([0]), [[0]], 1, torch.device("cpu"))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux'")
+def test_a_killed_run_leaves_no_loader_process():
+    """It would keep the GPU memory of the killed one from the run that goes on."""
+    with subprocess.Popen([sys.executable, "-c", SLOW_LOADER], cwd=os.path.dirname(data.__file__),
+                          stdout=subprocess.PIPE, text=True) as run:
+        worker = Path("/proc", run.stdout.readline().strip(), "stat")
+        assert worker.exists()
+        run.kill()
+        run.wait()
+    for _ in range(20):  # it is gone, or waits as a zombie for its new parent
+        if not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the loader process lives on")
 
 
 def test_a_programs_own_processes_live_on():
