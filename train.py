@@ -351,6 +351,8 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
     except RuntimeError as error:
         raise ValueError(f"{host}:{port}: {str(error).splitlines()[0]}; is the port taken? Choose "
                          f"another --master-port") from None
+    # A restart's store still holds what nccl's watchdogs wrote, which would end this start, too.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
                             world_size=world_size, store=dist.PrefixStore(
                                 name_of_start(store, rank, world_size, wait), store))
@@ -358,6 +360,8 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
     check_alike({"torch": torch.__version__, "device": device.type} | {
         f"--{name.replace('_', '-')}": bool(value) if name in PATHS else value
         for name, value in vars(args).items() if name not in may_differ})
+    if gpus:  # nccl takes its buffers now: later, torch may hold all of the memory
+        dist.all_reduce(torch.zeros(1, device=device))
     # torchrun's store outlives its processes, so the first name set in it stays. Nodes may differ
     # in TORCHELASTIC_RESTART_COUNT, so it cannot be the name.
     me = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
@@ -519,7 +523,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
         scaler.scale(sum(terms.values()) / args.batch_size).backward()
         sums += torch.stack([score_sum, *(terms[name] for name in criterion.terms)]).detach()
     tail[-2], tail[-1] = len(errors), stop
-    mine = sums.clone()
+    mine = sums.clone()  # of this process
     if dist.is_initialized():
         dist.all_reduce(flat)
         if args.no_sync_bn:
@@ -529,7 +533,8 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     gradient = flat[:-len(tail)]
     gradient *= args.batch_size / sums[0].clamp(min=1)
     norm = torch.linalg.vector_norm(gradient)
-    *total, bad, stops, norm = torch.cat([tail, norm[None]]).tolist()  # waits for the GPU
+    both = torch.cat([mine, tail, norm[None]]).tolist()  # waits for the GPU, once a step
+    mine, (*total, bad, stops, norm) = both[:len(mine)], both[len(mine):]
     finite = math.isfinite(norm) and all(map(math.isfinite, total))
     if finite:
         if norm > args.clip_norm:
@@ -538,7 +543,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     else:
         torch._foreach_copy_(statistics, before)
     scaler.update()
-    return Step(total, norm, finite, stops > 0, bad > 0, waited, image_ids, mine.tolist(), errors)
+    return Step(total, norm, finite, stops > 0, bad > 0, waited, image_ids, mine, errors)
 
 
 def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
@@ -644,8 +649,8 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
 
     Not by an exception: other processes wait in a collective, and a clean exit would wait, too.
     """
-    if not (isinstance(error, torch.OutOfMemoryError)
-            or re.search("unable to find an engine|ALLOC_FAILED", str(error))):
+    said = "unable to find an engine|ALLOC(ATION)?_FAILED|out of memory"  # by cuDNN, CUDA, nccl
+    if not (isinstance(error, torch.OutOfMemoryError) or re.search(said, str(error))):
         raise error
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if half:
@@ -769,7 +774,7 @@ def catch_signals() -> list[int]:
 def largest_memory(device: torch.device) -> float:
     """Peak memory of this process so far, GB: the GPU's, or without a GPU the machine's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

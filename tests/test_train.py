@@ -552,6 +552,8 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("Cuda failure 2 'out of memory'"),
     RuntimeError("GET was unable to find an engine to execute this computation")])
 def test_want_of_memory_is_known_whoever_says_so(error, tmp_path, monkeypatch, capsys):
     """By its note, its advice and the error's own words; others go on as they are."""
