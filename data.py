@@ -13,7 +13,7 @@ A sample is a dict; this list is the only definition of its keys:
     keypoints  (M, K, 3) float32, x px, y px, v: 0 not labeled, 1 hidden, 2 visible
     crowd      (M,)      bool, the box holds a crowd
     image_id   int, the json's id
-    matrix     (2, 3)    float64, px of the file to px of the padded input
+    matrix     (2, 3)    float64, px of the file (of a mosaic: its last) to px of the padded input
     bad        list of str, error messages of the unreadable images that this one replaces
     mask       (S/2, S/2) uint8, only if asked for: 0 nobody's pixel, 1 somebody's, 2 unknown
 
@@ -125,10 +125,10 @@ def faults(coco: dict) -> Iterator[str]:
                 if not isinstance(value, kind) or kind is int and abs(value) >= 2**53:
                     yield (f"{what}: {key} {str(record.get(key, 'is missing'))[:40]} in "
                            f"{str(record)[:80]}, expected {key} of type {kind.__name__.lower()}; "
-                           f"mend or remove the record")
+                           f"fix or remove the record")
                 if kind is Number and not 1 <= value <= 100_000:
                     yield (f"{what}: {key} {str(value)[:40]} of image {record['id']}, expected 1 "
-                           f"to 100000 px; mend its record")
+                           f"to 100000 px; fix its record")
             if record["id"] in seen:
                 yield (f"{what}: id {record['id']} is there twice; remove the copy, or give other "
                        f"ids to what was merged")
@@ -148,7 +148,7 @@ def faults(coco: dict) -> Iterator[str]:
     for ann in coco["annotations"]:
         wrong = wrong_with(ann, images, named[0])
         if wrong:
-            yield f"annotation {ann['id']} has {wrong}; mend or remove it"
+            yield f"annotation {ann['id']} has {wrong}; fix or remove it"
     points = (v for ann in coco["annotations"] for i, v in enumerate(ann.get("keypoints") or [])
               if i % 3 < 2)
     if (max((max(ann["bbox"]) for ann in coco["annotations"]), default=2) <= 1
@@ -173,7 +173,7 @@ def wrong_with(ann: dict, images: set[int], category: dict) -> str:
                 and max(map(abs, [*bbox, *keypoints])) < 1e9
                 and len(bbox) == 4 and min(bbox[2:]) >= 0):
             return (f"bbox {bbox}, area {ann.get('area')}, and keypoints; expected finite numbers "
-                    f"everywhere (0, 0, 0 for a keypoint that lacks), in bbox 4: x, y, and a size "
+                    f"everywhere (0, 0, 0 for a missing keypoint), in bbox 4: x, y, and a size "
                     f"that is not negative")
         if not {0, 1, 2}.issuperset(keypoints[2::3]):
             return f"visibility {min({*keypoints[2::3]} - {0, 1, 2})}, expected 0, 1 or 2"
@@ -246,7 +246,7 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
             parts += coco_mask.frPyObjects(shape if polygons else [shape], *size)
         else:
             raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
-                             f"polygons or run lengths of {size[0]} x {size[1]} px; mend it")
+                             f"polygons or run lengths of {size[0]} x {size[1]} px; fix it")
     return coco_mask.merge(parts)["counts"] if parts else b""
 
 
@@ -294,7 +294,7 @@ def check_files(files: np.ndarray, folder: str) -> None:
     for name in files.tolist():
         if name not in listed and not os.path.isfile(os.path.join(folder, name)):
             raise FileNotFoundError(f"{os.path.join(folder, name)} not found, but the json names "
-                                    f"{name}; get it, mend or remove its record, or give the "
+                                    f"{name}; get it, fix or remove its record, or give the "
                                     f"folder from which names count")
 
 
@@ -342,7 +342,7 @@ def describe(dataset: "CocoPose") -> list[str]:
                   (labeled & (xy == 0.5).all(-1)).any(1)],
               "images turned by their EXIF tag, which training ignores, as COCO does: labels must "
               "fit the file as stored": turned,
-              "people whose left and right may be exchanged": image[
+              "people whose left and right may be swapped": image[
                   people & swapped(xy, labeled, wide_high[:, 0], dataset.skeleton.flip)],
               "broken images": broken}
     shares = labeled[people].sum(0) / max(people.sum(), 1)                        # (K,)
@@ -388,7 +388,7 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
     if not isinstance(edges, list) or not all(isinstance(edge, list) and len(edge) == 2 and all(
             isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):
         raise ValueError(f"skeleton {str(edges)[:60]} of the json's category, expected pairs of "
-                         f"keypoints, counted from 1 to {len(names)}; mend it, or set it to []")
+                         f"keypoints, counted from 1 to {len(names)}; fix it, or set it to []")
     return Skeleton(names, flip, [[a - 1, b - 1] for a, b in edges], [float(s) for s in sigmas])
 
 
@@ -400,7 +400,7 @@ class Augment(NamedTuple):
     flip: float = 0.5        # probability of a mirror image
     contrast: float = 0.5    # probability of another brightness and contrast
     contrast_range: float = 0.2    # factors lie in 1 - this ... 1 + this
-    bgr: float = 0.0         # probability of exchanged red and blue
+    bgr: float = 0.0         # probability that red and blue are swapped
     hsv: float = 0.5         # probability of another hue, saturation and value
     hsv_gain: float = 20.0   # largest change: hue in steps of 2 degrees, the others in percent
     rotate90: float = 0.0    # probability of a turn by 0, 90, 180 or 270 degrees
@@ -604,7 +604,7 @@ class Cache:
         if kind == "ram":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if total * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > memory:
-                raise ValueError(f"{takes} a process; this machine has {memory / 1e9:.0f}; use "
+                raise ValueError(f"{takes} a process; this machine has {memory / 1e9:.0f} GB; use "
                                  f"--cache disk or none")
             array = np.frombuffer(mmap.mmap(-1, total), np.uint8)
         else:
@@ -734,7 +734,7 @@ class CocoPose(Dataset):
             image, shrink = (self.cache.read(index, path, width, height, zoom) if self.cache else
                              open_image(path, width, height, zoom))
         except UNREADABLE as error:
-            raise DataError(f"{path}: {error}; mend or remove the file or its record") from None
+            raise DataError(f"{path}: {error}; fix or remove the file or its record") from None
         color = random_color(image[::16, ::16].mean((0, 1)), rng, self.augment)
         warp(canvas, image, matrix @ np.diag([shrink, shrink, 1]), region,
              None if np.array_equal(color, np.eye(3, 4)) else color)

@@ -504,7 +504,8 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
                "--lr-scale none, see README, Your own data")
     if report and len(report["loaded"]) < 2 * len(report["skipped"]):
         yield "few tensors of --weights fit: has it another size? Then give that as --model"
-    if steps[4] > steps[0] and args.sigma_start != 1:
+    total, *_, narrowing = steps
+    if narrowing > total and args.sigma_start != 1:
         yield "the keypoint tolerance stays wide to the end: lower --sigma-epochs"
     pair = [i != j for i, j in enumerate(skeleton.flip)]
     alone = [name for name, paired in zip(skeleton.names, pair)
@@ -524,7 +525,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     """
     processes, skeleton = os.environ.get("LOCAL_WORLD_SIZE"), train_set.skeleton
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-    lines = [f"goes on from  {args.out}, step {steps[1]}"] if steps[1] else []
+    total, done, now, warmup, narrowing = steps
+    lines = [f"goes on from  {args.out}, step {done}"] if done else []
     lines.append(f"command       {launcher} {shlex.join(sys.argv)}")
     groups = {origin: [(name, getattr(args, name)) for name in source if source[name] == origin]
               for origin in dict.fromkeys(source.values())}
@@ -546,9 +548,9 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         f"images        {images[0]} to train on, {images[1]} to evaluate, {args.image_size} px\n"
         f"global batch  {args.batch_size} images x {batch[0]} processes x {args.accumulate} "
         f"micro-batches = {batch[1]}\n"
-        f"steps         {steps[0]} for {args.epochs} epochs, {steps[1]} done, {steps[2]} now\n"
+        f"steps         {total} for {args.epochs} epochs, {done} done, {now} now\n"
         f"peak lr       {peak_lr:.2e}{scaled}\n"
-        f"warmup        {steps[3]} steps; keypoint tolerance narrows for {steps[4]} steps\n"
+        f"warmup        {warmup} steps; keypoint tolerance narrows for {narrowing} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
     lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, images[0],
                                                            batch[1], steps)]

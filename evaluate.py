@@ -628,7 +628,7 @@ def main() -> None:
         if args.flip_test and skeleton.flip == list(range(len(skeleton.flip))) != [0]:
             raise ValueError("--flip-test needs pairs of left and right, but the checkpoint was "
                              "trained without any; see train.py's --flip-pairs")
-        how = skeleton.flip if args.flip_test else None, args.amp == "bf16"
+        how = (skeleton.flip if args.flip_test else None), args.amp == "bf16"
         metrics, by_image = evaluate(model, loader, truth, skeleton.sigmas, args.conf, args.iou,
                                      True, *how)
         took = time.monotonic() - start

@@ -277,9 +277,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
             ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power")):
         for name in sorted(values.keys() & names):
-            check(name, fine, f"is of no use without --{flag}")
+            check(name, fine, f"has no effect without --{flag}")
     for name in ("lr_mult", "warmup_mult"):
-        check(name, args.mask or "mask" not in values.get(name, ()), "is of no use without --mask")
+        check(name, args.mask or "mask" not in values.get(name, ()), "has no effect without --mask")
     files = {"train_json", "train_images", "val_json", "val_images"}
     for name in sorted(files - values.keys()) if files & values.keys() and not args.data else ():
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
@@ -335,7 +335,7 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
                                  f"would train alone; start them by torchrun, or, if that is meant,"
                                  f" unset {name}")
         if gpus > 1:
-            say(f"check         one of {gpus} GPUs is used; all: torchrun --nproc-per-node {gpus}")
+            say(f"check         uses one of {gpus} GPUs; all: torchrun --nproc-per-node {gpus}")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
     local_rank, rank, world_size = (int(env[n]) for n in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     if 0 < gpus <= local_rank:
@@ -383,13 +383,13 @@ def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.
     agree on the number of restarts. So process 0 chooses a name and answers each of the others; a
     process that has read the name of an earlier start gets no answer, and reads again.
     """
-    me, deadline = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}", time.monotonic()
+    me, started = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}", time.monotonic()
     if rank == 0:
         store.set("leader", me)
         for other in range(1, world_size):
             store.set(f"welcome {store.get(f'{me} {other}').decode()}", me)
         return me
-    while time.monotonic() < deadline + wait.total_seconds():
+    while time.monotonic() < started + wait.total_seconds():
         store.set(f"{store.get('leader').decode()} {rank}", me)
         try:
             store.wait([f"welcome {me}"], datetime.timedelta(seconds=2))
@@ -425,8 +425,8 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     mine, others = (set(map(f"{os.path.realpath(folder)}/".__add__, annotations.files.tolist()))
                     for annotations, folder, *_ in sets)
     if mine & others and rank == 0:
-        say(f"check         {len(mine & others)} of {len(others)} images to evaluate are trained "
-            f"on, too: AP says nothing about others")
+        say(f"check         {len(mine & others)} of {len(others)} images to evaluate are also "
+            f"trained on: AP says nothing about new ones")
     changes = {name: getattr(args, name) for name in Augment._fields
                if name != "scale" and getattr(args, name, None) is not None}
     augment = AUGMENTS[args.augment]
@@ -493,7 +493,8 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     gradients is what flat_gradients returns; its extra elements carry the assigned-score sum, the
     terms, the number of bad images, and `stop`, which asks all processes to stop after this step.
     """
-    (flat, tail), waited, image_ids, errors = gradients, 0.0, [], []
+    waited, image_ids, errors = 0.0, [], []
+    flat, tail = gradients
     sums, device = tail[:-2], flat.device  # score sum and terms; bad and stop follow
     half = torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no")
     flat.zero_()
@@ -578,8 +579,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
         raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
                          f"another --out")
     if args.resume and not saved:
-        raise ValueError(f"--resume: no whole last.pt or previous.pt in {args.out}; give the --out "
-                         f"of a run, which nodes must share, or start anew with --weights")
+        raise ValueError(f"--resume: no intact last.pt or previous.pt in {args.out}; give the "
+                         f"--out of a run, which nodes must share, or start anew with --weights")
     if lost and not saved:
         raise ValueError(f"{args.out} held a run, whose checkpoints are damaged (*.pt.damaged); "
                          f"give another --out, or empty this one")
@@ -639,7 +640,7 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     if args.batch_size * args.accumulate * world_size != total:
         raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
                          f"processes x {args.batch_size} images x {args.accumulate} micro-batches; "
-                         f"choose numbers whose product it is")
+                         f"choose numbers whose product is {total}")
     return total
 
 

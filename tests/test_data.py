@@ -508,7 +508,7 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
                  "1 people with a keypoint outside the image, taken for not labeled, like 4.png",
                  "1 boxes beyond their image (bbox is x, y, width, height), like 11.png",
                  "labels must fit the file as stored, like 10.png",
-                 "1 people whose left and right may be exchanged, like 3.png",
+                 "1 people whose left and right may be swapped, like 3.png",
                  "1 broken images, like 9.png"):
         assert line in text, text
 

@@ -326,7 +326,7 @@ def test_images_in_both_sets_are_counted(small, capsys):
         fill_recipe(args)
         _, val_set, _ = open_data(args, 0)
         n, out = len(val_set), capsys.readouterr().out
-        assert (f"{n} of {n} images to evaluate are trained on, too" in out) == shared
+        assert (f"{n} of {n} images to evaluate are also trained on" in out) == shared
 
 
 def test_weights_of_other_keypoints_are_taken_by_name(small):
@@ -367,7 +367,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--model", "x"], 2, "invalid choice"),
     (["--train-json", "a.json"], 2, "--train-images is missing"),
     (["--data", "/nowhere"], 1, "no folder /nowhere/train2017"),
-    (["--resume", "--out", "/nowhere"], 1, "no whole last.pt or previous.pt in /nowhere"),
+    (["--resume", "--out", "/nowhere"], 1, "no intact last.pt or previous.pt in /nowhere"),
     (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "no such file; expected a checkpoint"),
     (["--weights", __file__, "--data", "PEOPLE"], 1, "no checkpoint of plain tensors"),
     (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
@@ -378,8 +378,8 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--schedule", "step", "--lr-steps=3,-1"], 2, "--lr-steps [3.0, -1.0] must be 0 or more"),
     (["--seed", "9" * 20], 2, "is too large"),
     (["--resume", "--dry-run"], 2, "--resume goes on with a run"),
-    (["--distill-weight", "2"], 2, "is of no use without --teacher"),
-    (["--lr-steps", "2"], 2, "--lr-steps [2.0] is of no use without --schedule step"),
+    (["--distill-weight", "2"], 2, "has no effect without --teacher"),
+    (["--lr-steps", "2"], 2, "--lr-steps [2.0] has no effect without --schedule step"),
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "some of these do not end with"),
     (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "no such file; expected a checkpoint"),
