@@ -498,8 +498,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     sums, device = tail[:-2], flat.device  # score sum and terms; bad and stop follow
     half = torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no")
     flat.zero_()
-    statistics = list(model.buffers())
-    before = [t.clone() for t in statistics]
+    before = [t.clone() for t in model.buffers()]
     for _ in range(args.accumulate):
         start = time.monotonic()
         images, targets = next(batches)
@@ -542,7 +541,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
             gradient *= args.clip_norm / norm
         scaler.step(optimizer)
     else:
-        torch._foreach_copy_(statistics, before)
+        torch._foreach_copy_(list(model.buffers()), before)
     scaler.update()
     return Step(total, norm, finite, stops > 0, bad > 0, waited, image_ids, mine, errors)
 
