@@ -353,19 +353,18 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
                          f"another --master-port") from None
     # A restart's store still holds what nccl's watchdogs wrote, which would end this start, too.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    start = name_of_start(store, rank, world_size, wait)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
-                            world_size=world_size, store=dist.PrefixStore(
-                                name_of_start(store, rank, world_size, wait), store))
+                            world_size=world_size, store=dist.PrefixStore(start, store))
     may_differ = ("out", "weights", "teacher", "workers", "given")  # contents: see make_model
     check_alike({"torch": torch.__version__, "device": device.type} | {
         f"--{name.replace('_', '-')}": bool(value) if name in PATHS else value
         for name, value in vars(args).items() if name not in may_differ})
     if gpus:  # nccl takes its buffers now: later, torch may hold all of the memory
         dist.all_reduce(torch.zeros(1, device=device))
-    # torchrun's store outlives its processes, so the first name set in it stays. Nodes may differ
-    # in TORCHELASTIC_RESTART_COUNT, so it cannot be the name.
-    me = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
-    return rank, world_size, device, store.compare_set("launch", "", me).decode()
+    # torchrun's store outlives its processes, so the first start's name stays there. Nodes may
+    # differ in TORCHELASTIC_RESTART_COUNT, so it cannot be the name.
+    return rank, world_size, device, store.compare_set("launch", "", start).decode()
 
 
 def check_alike(mine: dict) -> None:
