@@ -851,7 +851,7 @@ def stop_workers() -> None:
 
 def make_loader(dataset: CocoPose, batches, workers: int, device: torch.device) -> DataLoader:
     """A DataLoader of collated batches; `batches` is an iterable of lists of (epoch, index)."""
-    atexit.register(stop_workers)  # not on import: it kills a program's other children, too
+    atexit.register(stop_workers)  # not on import: a program's other daemons would be killed, too
     # Fork is tested; spawned workers would import torch again each time, and copy the cache.
     fork = "fork" if workers and (dataset.cache or sys.platform == "linux") else None
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
