@@ -46,10 +46,9 @@ def command(processes: int = 1, patch: str | None = None, restarts: int = 0) -> 
 
 
 def start(*flags, **how) -> subprocess.Popen:
-    """One thread for each process, a process group of its own, so that all of it can be killed."""
+    """In a process group of its own, so that all of it can be killed."""
     return subprocess.Popen([*command(**how), *map(str, flags)], start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def train(*flags, code: int = 0, **how) -> str:
@@ -428,7 +427,7 @@ def test_a_dead_process_on_one_of_two_machines_restarts_all(data, tmp_path):
               "1", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint",
               f"localhost:{port}", command(1, KILL_RANK_1_TWICE)[-1]]
     nodes = [subprocess.Popen([*launch, *map(str, flags)], text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              stderr=subprocess.STDOUT)
              for _ in range(2)]
     said = "".join(node.communicate(timeout=300)[0] for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], said

@@ -234,11 +234,9 @@ def data(tmp_path_factory) -> Path:
     return folder / "people"
 
 
-def start(*flags, **more) -> subprocess.Popen:
+def start(*flags) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
-                            stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})},
-                            **more)
+                            stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def flags_for(data: Path, out: Path, *more) -> list:
@@ -280,8 +278,7 @@ def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_
     before, (terminal, inside) = checkpoint(out)["step"], pty.openpty()
     run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--out", str(out), "--resume"],
                            stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-                           preexec_fn=in_a_terminal,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           preexec_fn=in_a_terminal)
     os.close(inside)
     said = b""
     while b"step %d/" % (before + 2) not in said:
