@@ -330,7 +330,7 @@ def describe(dataset: "CocoPose") -> list[str]:
         try:
             open_image(path, *a.sizes[i].tolist(), 1 / 8)
             with Image.open(path) as file:
-                turned += [i] if file.getexif().get(ExifTags.Base.Orientation, 1) != 1 else []
+                turned += [i] * (file.getexif().get(ExifTags.Base.Orientation) in range(2, 9))
         except UNREADABLE:
             broken.append(i)
     checks = {f"people smaller than 8 px at {size} px": image[people & (side < 8)],

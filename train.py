@@ -584,6 +584,10 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
                          f"give another --out, or empty this one")
     if not saved:
         return None
+    there = from_rank_0([b for b in saved["best"] if os.path.exists(f"{args.out}/best_{b[1]}.pt")])
+    if rank == 0 and len(there) < len(saved["best"]):
+        say(f"check         best_EPOCH.pt files are gone; --average-best has {len(there)} so far")
+    saved["best"] = there
     args.given = [] if restarted else args.given
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
@@ -597,9 +601,11 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     return saved
 
 
-def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: str) -> None:
+def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: str,
+            skeleton: Skeleton) -> None:
     """Restore `at` and `parts` from the checkpoint. labels is the training set's fingerprint."""
-    if saved.get("labels", labels) != labels:  # older checkpoints lack it
+    same = saved.get("labels", labels) == labels  # older checkpoints lack it
+    if not same or saved["skeleton"] != skeleton._asdict():
         sys.exit(f"train.py: the run in {out} trains on other images or labels than those here; "
                  f"give it its own, or start a new run in another --out")
     try:
@@ -626,7 +632,8 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
     share, limit = max(total // world_size, 1), args.batch_size
     if "batch_size" not in given:
-        if "accumulate" in given or world_size != saved["world_size"]:
+        moved = world_size != saved["world_size"] and "batch_size" not in args.given
+        if "accumulate" in given or moved:
             limit = max(share // args.accumulate, 1)  # norms see as many images as before
         if os.path.exists(note):
             with open(note) as f:
@@ -859,7 +866,7 @@ def main() -> None:
              "stopper": stopper, "log": log, "warmup": warmup}
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
-        take_up(saved, at, parts, args.out, labels)
+        take_up(saved, at, parts, args.out, labels, skeleton)
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
@@ -934,7 +941,7 @@ def main() -> None:
         else:
             at.skipped, at.in_a_row = at.skipped + 1, at.in_a_row + 1
             what = log.skip(at.step, at.skipped, result)
-            if at.in_a_row == args.max_skipped:
+            if at.in_a_row >= args.max_skipped:
                 give_up(what, at.in_a_row, result, rank)
         if result.stop:
             save()

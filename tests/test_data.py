@@ -498,6 +498,8 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
     annotations[8]["iscrowd"] = 1
     (tmp_path / "9.png").write_bytes(b"no image")
     exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 0  # unknown, so not turned
+    Image.new("RGB", (100, 100)).save(tmp_path / "2.png", exif=exif)
     exif[ExifTags.Base.Orientation] = 3  # upside down, which its size cannot tell
     Image.new("RGB", (100, 100)).save(tmp_path / "10.png", exif=exif)
     annotations[11]["bbox"] = [10, 10, 92, 80]

@@ -550,6 +550,23 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
     assert (args.batch_size, args.accumulate) == batch
 
 
+def test_on_fewer_processes_a_given_micro_batch_is_the_limit_with_auto_batch_too(tmp_path):
+    for given, batch in ((["batch_size"], (4, 8)), ([], (32, 1))):
+        args = Namespace(out=str(tmp_path), batch_size=4, accumulate=1, auto_batch=True,
+                         given=given)
+        assert cut_batch(args, {"global_batch": 32, "world_size": 8}, 1) == 32
+        assert (args.batch_size, args.accumulate) == batch
+
+
+def test_a_run_whose_best_snapshots_are_gone_averages_those_there(tmp_path, capsys):
+    torch.save({"format": "nanopose", "launch": "", "args": {}, "best": [[0.5, 2], [0.4, 1]]},
+               tmp_path / "last.pt")
+    (tmp_path / "best_1.pt").touch()
+    args = parse_args(["--out", str(tmp_path), "--resume"])
+    assert train.read_run(args, 0, "")["best"] == [[0.4, 1]]
+    assert "--average-best has 1 so far" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
