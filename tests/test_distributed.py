@@ -114,6 +114,8 @@ def norm_share(rank: int, folder: str) -> None:
         x, weigh = (t[3 * rank:3 + 2 * rank] for t in both)
         found.append(norm_some(sync_batch_norm(torch.nn.Sequential(norm))[0], x, weigh))
     torch.save(found, f"{folder}/{rank}.pt")
+    # Else gloo's threads may still hold tensors when the interpreter ends, and abort it.
+    torch.distributed.destroy_process_group()
 
 
 def test_a_synced_norm_is_one_norm_of_all_images(tmp_path):
