@@ -84,11 +84,11 @@ DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2
 OUT = "runs/train"
 
 # Flags that --resume may change. The images per step stay the same, but may be split differently;
-# the labels may lie elsewhere, but must be the same.
+# labels and teacher may lie elsewhere, but must be the same.
 PATHS = ("data", "train_json", "train_images", "val_json", "val_images")
 MAY_CHANGE = ("epochs", "max_steps", "workers", "batch_size", "auto_batch", "accumulate",
               "eval_every", "log_every", "save_every", "sync_check", "max_skipped", "max_bad",
-              "patience", *PATHS)
+              "patience", "teacher", *PATHS)
 
 
 def factors(text: str) -> dict[str, float]:
@@ -398,8 +398,9 @@ def name_of_start(store: dist.Store, rank: int, world_size: int, wait: datetime.
     raise ValueError(f"process 0 was not seen within {wait}; do all nodes run the same command?")
 
 
-def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO]:
-    """The training set, the validation set and its labels. Raises ValueError and OSError."""
+def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, COCO, dict]:
+    """The training set, the validation set and its labels; and fingerprints, {what: text}, of what
+    must be the same on all machines and after --resume. Raises ValueError and OSError."""
     random_size(args.image_size, args.multi_scale, args.seed, 0)  # raises if it has no other size
     if not args.data and not args.train_json:
         args.data = "drawn_people"
@@ -419,8 +420,9 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not any(any(a["keypoints"][2::3]) and not a["iscrowd"] for a in labels["annotations"]):
             raise ValueError(f"{path}: nobody in it has a labeled keypoint; check the export")
         sets.append((annotations, folder, skeleton, args.image_size))
-    check_alike({"keypoints": skeleton, "labels to train on": fingerprint(sets[0][0]),
-                 "labels to evaluate": fingerprint(sets[1][0])})
+    contents = {"keypoints": str(skeleton), "labels to train on": fingerprint(sets[0][0]),
+                "labels to evaluate": fingerprint(sets[1][0])}
+    check_alike(contents)
     mine, others = (set(map(f"{os.path.realpath(folder)}/".__add__, annotations.files.tolist()))
                     for annotations, folder, *_ in sets)
     if mine & others and rank == 0:
@@ -439,7 +441,8 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
               for a, folder, *_ in sets]
     train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference",
                          caches[0], spare=10)
-    return train_set, CocoPose(*sets[1], args.val_pad, cache=caches[1]), quiet_coco(labels)
+    val_set = CocoPose(*sets[1], args.val_pad, cache=caches[1])
+    return train_set, val_set, quiet_coco(labels), contents
 
 
 def flat_gradients(parameters: list[nn.Parameter], extra: int) -> tuple[Tensor, Tensor]:
@@ -588,7 +591,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     if rank == 0 and len(there) < len(saved["best"]):
         say(f"check         best_EPOCH.pt files are gone; --average-best has {len(there)} so far")
     saved["best"] = there
-    args.given = [] if restarted else args.given
+    if restarted:  # the saved flags are this launch's; paths are each machine's own
+        args.given = [name for name in args.given if name in ("teacher", *PATHS)]
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
         if name not in (*MAY_CHANGE, "out", "resume") and new != old:
@@ -601,13 +605,12 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     return saved
 
 
-def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, labels: str,
-            skeleton: Skeleton) -> None:
-    """Restore `at` and `parts` from the checkpoint. labels is the training set's fingerprint."""
-    same = saved.get("labels", labels) == labels  # older checkpoints lack it
-    if not same or saved["skeleton"] != skeleton._asdict():
-        sys.exit(f"train.py: the run in {out} trains on other images or labels than those here; "
-                 f"give it its own, or start a new run in another --out")
+def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents: dict) -> None:
+    """Restore `at` and `parts` from the checkpoint. contents are open_data's and make_model's."""
+    for what, mark in contents.items():
+        if saved.get("contents", contents).get(what) != mark:  # older ones have none
+            sys.exit(f"train.py: not the {what} of the run in {out}; give it its own, or start a "
+                     f"new run in another --out")
     try:
         vars(at).update({name: saved[name] for name in vars(at)})
         for name, part in parts.items():
@@ -691,9 +694,10 @@ def lock(out: str, new: bool) -> None:
             os.remove(f"{out}/{name}")
 
 
-def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device
+def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device, contents: dict
                ) -> tuple[YoloNasPose, YoloNasPose | None, PoseLoss, dict[str, list[str]]]:
-    """The network, the same on every process, its teacher, its loss, and load_weights' report."""
+    """The network, the same on every process, its teacher, whose fingerprint is added to contents,
+    its loss, and load_weights' report."""
     if args.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ValueError("--amp bf16: this GPU, older than Ampere, only emulates it; use fp16")
     sync = dist.is_initialized() and dist.get_world_size() > 1 and not args.no_sync_bn
@@ -714,7 +718,8 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
         check_names(f"--teacher {args.teacher}", file["skeleton"]["names"], skeleton.names)
-        check_alike({"teacher": fingerprint(t.numpy() for t in teacher.state_dict().values())})
+        contents["teacher"] = fingerprint(t.numpy() for t in teacher.state_dict().values())
+        check_alike(contents)
         teacher = teacher.fuse().to(**place)
     criterion = PoseLoss(torch.tensor(skeleton.sigmas, device=device),
                          LossWeights(dfl=args.dfl_weight, pose_reg=args.pose_weight),
@@ -838,12 +843,11 @@ def main() -> None:
         rank, world_size, device, launch = setup_distributed(args)
         saved = None if args.dry_run else read_run(args, rank, launch)
         source = fill_recipe(args, "saved" if saved else "flag")
-        train_set, val_set, truth = open_data(args, rank)
+        train_set, val_set, truth, contents = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
-        model, teacher, criterion, report = make_model(args, skeleton, device)
+        model, teacher, criterion, report = make_model(args, skeleton, device, contents)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
-        labels = fingerprint(train_set.annotations)
         if rank == 0:
             lock(args.out, new=not saved)
     except (ValueError, OSError) as error:
@@ -866,7 +870,7 @@ def main() -> None:
              "stopper": stopper, "log": log, "warmup": warmup}
     at = argparse.Namespace(step=0, skipped=0, in_a_row=0, evaluated=0, best=[], bad=[])
     if saved:
-        take_up(saved, at, parts, args.out, labels, skeleton)
+        take_up(saved, at, parts, args.out, contents)
     stop = min(total_steps, args.max_steps or total_steps)
     scheduler = make_scheduler(optimizer, plan, warmup, at.step, args.warmup_mult,
                                args.warmup_bias_lr and args.warmup_bias_lr / peak_lr)
@@ -877,7 +881,7 @@ def main() -> None:
                              args.workers, device)
     about = {"format": "nanopose", "args": vars(args), "skeleton": skeleton._asdict(),
              "global_batch": global_batch, "world_size": world_size, "launch": launch,
-             "labels": labels}
+             "contents": contents}
 
     def save() -> None:
         if rank == 0 and not args.dry_run:

@@ -554,10 +554,10 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     state = checkpoint(out, "previous.pt")
     with pytest.raises(SystemExit, match="has another network, loss or .* 'tracker'"):
         t.take_up(dict(state), argparse.Namespace(step=0), {"tracker": torch.nn.Identity()}, "",
-                  state["labels"], t.Skeleton(**state["skeleton"]))
-    with pytest.raises(SystemExit, match="trains on other images or labels than those here"):
-        t.take_up(dict(state), argparse.Namespace(), {}, "", state["labels"], t.Skeleton(
-            **state["skeleton"] | {"flip": list(range(17))}))
+                  state["contents"])
+    for what in "keypoints", "labels to train on", "labels to evaluate", "teacher":
+        with pytest.raises(SystemExit, match=f"not the {what} of the run"):
+            t.take_up(dict(state), argparse.Namespace(), {}, "", state["contents"] | {what: "x"})
     state["model"]["new"] = state["model"].pop("heads.head1.cls_pred.bias")
     torch.save(state, out / "last.pt")
     with pytest.raises(SystemExit, match="has another network, loss or .* key"):

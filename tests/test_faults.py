@@ -373,7 +373,7 @@ def test_first_weights_are_those_of_process_0(monkeypatch):
     args = train.parse_args([])
     train.fill_recipe(args)
     skeleton = read_skeleton({"categories": [{"keypoints": COCO_NAMES}]})
-    model, *_ = train.make_model(args, skeleton, torch.device("cpu"))
+    model, *_ = train.make_model(args, skeleton, torch.device("cpu"), {})
     assert all(torch.equal(first[name], t) for name, t in model.state_dict().items())
 
 
@@ -404,8 +404,8 @@ def test_machines_whose_files_differ_are_refused(data, tmp_path, monkeypatch, ch
         return args
 
     def start(args: argparse.Namespace) -> None:
-        train_set, _, _ = train.open_data(args, 0)
-        train.make_model(args, train_set.skeleton, torch.device("cpu"))
+        train_set, _, _, contents = train.open_data(args, 0)
+        train.make_model(args, train_set.skeleton, torch.device("cpu"), contents)
     seen = []
     monkeypatch.setattr(train, "gather", lambda mine: seen.append(mine) or [mine])
     start(at(tmp_path / "there", True))

@@ -135,7 +135,7 @@ def test_a_gpu_that_only_emulates_bf16_is_told_to_take_fp16(monkeypatch):
     fill_recipe(args)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
     with pytest.raises(ValueError, match="older than Ampere, only emulates it; use fp16"):
-        make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cuda"))
+        make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cuda"), {})
 
 
 def plain_loop(people: Path, kind: str, teacher) -> tuple[dict, dict]:
@@ -247,8 +247,8 @@ def test_the_reference_recipe_reaches_loss_labels_and_tolerance(small):
     for recipe, exact in (("reference", True), ("nanopose", False)):
         args = parse_args(["--data", str(small / "people"), "--recipe", recipe])
         fill_recipe(args)
-        train_set, val_set, _ = open_data(args, 0)
-        criterion = make_model(args, train_set.skeleton, torch.device("cpu"))[2]
+        train_set, val_set, *_ = open_data(args, 0)
+        criterion = make_model(args, train_set.skeleton, torch.device("cpu"), {})[2]
         assert (criterion.reference, criterion.oks_floor) == (exact, 0.0 if exact else 0.1)
         assert train_set.keep_ignored != exact and (args.sigma_epochs == 0) == exact
         assert (train_set.pad, val_set.pad) == ("center", "bottom_right")
@@ -263,7 +263,7 @@ def test_only_people_leaves_the_images_to_evaluate_alone(small, tmp_path):
         path.write_text(json.dumps(labels))
     args = parse_args(["--data", str(tmp_path / "people"), "--only-people"])
     fill_recipe(args)
-    train_set, val_set, truth = open_data(args, 0)
+    train_set, val_set, truth, _ = open_data(args, 0)
     assert (len(train_set), len(val_set), len(truth.imgs)) == (9, 6, 6)
 
 
@@ -312,7 +312,7 @@ def test_compiling_synced_norms_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="add --no-sync-bn"):
-        make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cpu"))
+        make_model(args, Skeleton(["a"], [0], [], [0.05]), torch.device("cpu"), {})
 
 
 def test_images_in_both_sets_are_counted(small, capsys):
@@ -324,7 +324,7 @@ def test_images_in_both_sets_are_counted(small, capsys):
                            str(small / folder), "--val-json", labels.format("val"),
                            "--val-images", str(small / "people" / "val2017")])
         fill_recipe(args)
-        _, val_set, _ = open_data(args, 0)
+        _, val_set, *_ = open_data(args, 0)
         n, out = len(val_set), capsys.readouterr().out
         assert (f"{n} of {n} images to evaluate are also trained on" in out) == shared
 
@@ -333,13 +333,13 @@ def test_weights_of_other_keypoints_are_taken_by_name(small):
     args = parse_args(["--data", str(small / "people"), "--weights", str(small / "run/best.pt")])
     fill_recipe(args)
     skeleton = Skeleton(["tail", "left_eye"], [0, 1], [], [0.05, 0.05])
-    model, _, _, report = make_model(args, skeleton, torch.device("cpu"))
+    model, _, _, report = make_model(args, skeleton, torch.device("cpu"), {})
     assert report["new keypoints"] == ["tail"] and report["kept keypoints"] == ["left_eye"]
     assert not report["skipped"] and not report["keypoints by place"]
     other = Skeleton([f"part {i}" for i in range(17)], list(range(17)), [], 17 * [0.05])
-    _, _, _, same = make_model(args, other._replace(names=COCO_NAMES), torch.device("cpu"))
+    _, _, _, same = make_model(args, other._replace(names=COCO_NAMES), torch.device("cpu"), {})
     assert not same["keypoints by place"]
-    _, _, _, by_place = make_model(args, other, torch.device("cpu"))
+    _, _, _, by_place = make_model(args, other, torch.device("cpu"), {})
     assert by_place["keypoints by place"] == other.names and not by_place["new keypoints"]
     file = torch.load(small / "run" / "best.pt", weights_only=True)
     for name in report["in part"]:
@@ -441,7 +441,7 @@ def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, t
 
     flags = parse_args(["--data", str(tmp_path / "people"), "--image-size", "64"])
     fill_recipe(flags)
-    train_set, val_set, _ = open_data(flags, 0)
+    train_set, val_set, *_ = open_data(flags, 0)
     train_set.augment = MOSAIC_HEAVY._replace(mosaic=0.0)
     broken, following = train_set[2, 1], train_set[2, 2]
     assert len(broken["bad"]) == 1 and not following["bad"]
@@ -567,6 +567,16 @@ def test_a_run_whose_best_snapshots_are_gone_averages_those_there(tmp_path, caps
     assert "--average-best has 1 so far" in capsys.readouterr().out
 
 
+def test_a_restarted_node_has_the_flags_of_the_run_and_its_own_paths(tmp_path):
+    """Its disk may differ from the disk of process 0, which wrote the checkpoint."""
+    torch.save({"format": "nanopose", "launch": "a", "best": [], "args": {
+        "data": "/disk0/coco", "teacher": "/disk0/m.pt", "lr": 1.0}}, tmp_path / "last.pt")
+    args = parse_args(["--out", str(tmp_path), "--data", "/disk1/coco", "--teacher", "/disk1/m.pt",
+                       "--lr", "2"])  # a rate that a resumed run could not have
+    train.read_run(args, 0, "a")
+    assert (args.data, args.teacher, args.lr) == ("/disk1/coco", "/disk1/m.pt", 1)
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
@@ -649,15 +659,16 @@ def test_a_run_in_a_used_folder_begins_its_own_log_and_keeps_to_its_images(small
     here(monkeypatch, capsys, train, "--data", tmp_path / "people", *flags, "--max-steps", 2)
     assert [line.get("epoch") for line in log_lines(tmp_path / "run") if "AP" in line] == [4]
     assert not (tmp_path / "run" / "out_of_memory").exists()
-    path = tmp_path / "people/annotations/person_keypoints_train2017.json"
-    text = path.read_text()
-    labels = json.loads(text)
-    first = labels["images"].pop()["id"]
-    labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] != first]
-    path.write_text(json.dumps(labels))
-    with pytest.raises(SystemExit, match="trains on other images or labels than those here"):
-        here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
-    path.write_text(text)
+    for split, use in ("train", "train on"), ("val", "evaluate"):
+        path = tmp_path / f"people/annotations/person_keypoints_{split}2017.json"
+        text = path.read_text()
+        labels = json.loads(text)
+        first = labels["images"].pop()["id"]
+        labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] != first]
+        path.write_text(json.dumps(labels))
+        with pytest.raises(SystemExit, match=f"not the labels to {use} of the run"):
+            here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
+        path.write_text(text)
     said, _ = here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
     assert "done at step 3 of 3" in said
     assert [line.get("epoch") for line in log_lines(tmp_path / "run") if "AP" in line] == [4, 6]
@@ -673,9 +684,15 @@ def test_a_mean_of_files_by_hand(tmp_path):
 
 def test_a_teacher_and_a_mask_branch_train_and_stay_out_of_the_way(small, tmp_path, monkeypatch,
                                                                    capsys):
-    """Five more terms in the log; the checkpoint holds a mask branch and no teacher."""
+    """Five more terms in the log; the checkpoint holds a mask branch and no teacher, which may lie
+    elsewhere later, but not be another one."""
+    again = "--out", tmp_path / "run", "--resume", "--teacher"
     here(monkeypatch, capsys, train, "--data", small / "people", "--out", tmp_path / "run", *SMALL,
-         "--mask", "--teacher", small / "run" / "best.pt", "--max-steps", 3)
+         "--mask", "--teacher", small / "run" / "best.pt", "--max-steps", 2)
+    with pytest.raises(SystemExit, match="not the teacher of the run"):
+        here(monkeypatch, capsys, train, *again, tmp_path / "run" / "last.pt", "--max-steps", 3)
+    shutil.copy(small / "run" / "best.pt", tmp_path / "copy.pt")
+    here(monkeypatch, capsys, train, *again, tmp_path / "copy.pt", "--max-steps", 3)
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert not any("teacher" in name for name in last["model"])
     lines = log_lines(tmp_path / "run")
@@ -711,7 +728,7 @@ def test_compiled_training_is_eager_training(dtype, tmp_path):
     draw_dataset(str(tmp_path / "people"), train=8, val=1, side=128)
     flags = parse_args(["--data", str(tmp_path / "people"), "--image-size", "128"])
     fill_recipe(flags)
-    data, _, _ = open_data(flags, 0)
+    data, *_ = open_data(flags, 0)
     batches = [collate([data[0, i] for i in half]) for half in (range(4), range(4, 8))]
     gradients, losses = [], []
     for compiled in (False, True):
