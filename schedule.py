@@ -141,7 +141,10 @@ def make_plan(args: argparse.Namespace, images: int,
     if not 0 <= warmup < total / (args.restarts + 1):
         raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total} with "
                          f"{args.restarts} restarts; choose fewer, or train longer")
-    drops = [epoch * images / global_batch for epoch in args.lr_steps]
+    drops, cycle = [epoch * images / global_batch for epoch in args.lr_steps], args.restarts + 1
+    if args.schedule == "step" and not args.resume and not any(x < total / cycle for x in drops):
+        raise ValueError(f"--schedule step: the rate never drops; --lr-steps {args.lr_steps} must "
+                         f"have an epoch below {args.epochs / cycle:g}")
     return ends, Plan(total, warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
                       args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
 
