@@ -259,14 +259,16 @@ def say(text: str, stream=None) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Write a file atomically: readers find either the old file or the complete new one."""
+    path = os.path.realpath(path)  # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
     try:
         with open(temporary, "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        error.filename = path
         raise
 
 

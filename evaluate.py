@@ -538,13 +538,16 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     return CocoPose(annotations, folder, skeleton, file["image_size"], file["pad"]), labels
 
 
-def check_places(p: argparse.ArgumentParser, written: list, read: list) -> None:
+def check_places(p: argparse.ArgumentParser, written: list, read: list, new: str = "") -> None:
     """Exit with code 2 and one line if one of `written` cannot become a file, or is written twice,
-    or is one of `read`. None stands for no path."""
+    or is one of `read`. None stands for no path; the folder `new` will be made."""
     taken = {os.path.realpath(path) for path in read if path}
     for path in filter(None, written):
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            p.error(f"{path} is a folder, or in one that is not there; expected the name of a file")
+        folder = os.path.dirname(path) or "."
+        if os.path.exists(path) and not os.path.isfile(path) or not (
+                os.access(folder, os.W_OK) or os.path.realpath(folder) == os.path.realpath(new)):
+            p.error(f"{path} is a folder or device, or in a folder that is missing or read-only; "
+                    f"expected the name of a file")
         if os.path.realpath(path) in taken:
             p.error(f"{path} is read, or written twice; choose another name to write to")
         taken.add(os.path.realpath(path))
@@ -662,4 +665,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk
+        sys.exit(f"evaluate.py: {error}")

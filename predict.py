@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
                    "less than those of predict(); box is not shifted")
     p.add_argument("--sheet", action="store_true", help="put the first 16 pictures on sheet.jpg")
     args = parse(p, None, 0.3, 8)
-    check_places(p, [args.results], [args.weights])
+    check_places(p, [args.results], [args.weights], new=args.out)
     return args
 
 
@@ -107,6 +107,8 @@ def main() -> None:
         model, file = load_model(args.weights, args.model, args.image_size, args.pad)
         skeleton = file["skeleton"]
         os.makedirs(args.out, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise ValueError(f"{args.out} is read-only; give another --out")
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {str(error).splitlines()[-1]}")
     model = model.fuse().to(device, memory_format=torch.channels_last)
@@ -149,4 +151,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk
+        sys.exit(f"predict.py: {error}")

@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -487,7 +489,8 @@ def test_a_flip_test_without_pairs_is_refused(small, official_n, tmp_path, monke
 
 @pytest.mark.parametrize("flags,complaint", [
     (["--card", "card.htm"], "--card card.htm must end in .html"),
-    (["--card", "nowhere/card.html"], "nowhere/card.html is a folder, or in one that is not there"),
+    (["--card", "nowhere/card.html"], "nowhere/card.html is a folder or device, or in a folder th"),
+    (["--metrics", "/dev/null"], "/dev/null is a folder or device"),
     (["--card", "a.html", "--metrics", "./a.json"], "a.json is read, or written twice"),
     (["--metrics", "./w"], "./w is read, or written twice"),
     (["--metrics", "a", "--results", "./a"], "./a is read, or written twice"),
@@ -507,3 +510,19 @@ def test_labels_that_are_read_are_not_written_over(flags, tmp_path, monkeypatch,
         with pytest.raises(SystemExit, match="2"):
             evaluate.parse_args([*flags, "--weights", "w", *written])
         assert f"{labels}.json is read" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_one_line_and_a_link_stays_one(run, small, official_n, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "far.json")
+    run("--metrics", str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "far.json").read_text())
+    for script, flags in (("evaluate.py", ["--data", small / "set", "--workers", "0",
+                                        "--metrics", "m.json"]),
+                          ("predict.py", [small / "set" / "val2017", "--out", "pictures"])):
+        done = subprocess.run(
+            [sys.executable, FOLDER.parent / script, "--weights", official_n, "--model", "n",
+             "--image-size", "64", *flags], cwd=tmp_path, capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+        assert done.returncode == 1 and done.stderr.startswith(f"{script}: [Errno 27]"), done
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "far.json", "pictures"}
+    assert not list((tmp_path / "pictures").iterdir())

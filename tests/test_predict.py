@@ -208,7 +208,8 @@ def test_any_mode_and_shape_is_drawn(weights, tmp_path, monkeypatch, capsys, mod
     ([".", "--conf", "2"], 2, "--conf 2.0 must lie in 0 to 1"),
     ([".", "--batch-size", "0"], 2, "--batch-size 0 must be positive"),
     ([".", "--model", "s"], 1, "is of size n, not s"),
-    ([".", "--results", "."], 2, ". is a folder, or in one that is not there"),
+    ([".", "--results", "."], 2, ". is a folder or device, or in a folder that is missing or re"),
+    ([".", "--results", "/dev/null"], 2, "/dev/null is a folder or device"),
 ])
 def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, code, message):
     photo(9, 9).save(tmp_path / "a.png")
