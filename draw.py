@@ -394,8 +394,9 @@ def card_page(card: dict) -> str:
         scores=table(card["scores"], "which", "group"), errors=table(card["errors"], "kind", "of"),
         keypoints=table(card["keypoints"], "keypoint", digits=2),
         images=images, empty=images - labeled, **card["speed"])
-    protocol = {"scored by": "pycocotools", **card["protocol"]}
-    return html_page(f"AP {card['metrics']['AP']:.3f}: {protocol['weights']}", [
+    protocol, ap = {"scored by": "pycocotools", **card["protocol"]}, card["metrics"]["AP"]
+    title = "nobody labeled" if ap == -1 else f"AP {ap:.3f}"
+    return html_page(f"{title}: {protocol['weights']}", [
         text, *(f"<p>{escape(f'{name}: {value}')}</p>" for name, value in protocol.items())])
 
 

@@ -333,6 +333,10 @@ def test_nothing_found_and_nobody_there():
     card = make_card(quiet_coco(labels | {"annotations": []}), by_image, SKELETON)
     assert count(card) == {"background": 12} and card["scores"][0]["AP"] == -1
     json.dumps(card)
+    page = evaluate.card_page(card | {"metrics": {"AP": -1.0}, "protocol": {"weights": "w.pt"},
+                                      "speed": {"latency_ms": 1.0, "batch": 8, "img_s": 1.0,
+                                                "evaluation_s": 1.0}})
+    assert "<title>nobody labeled: w.pt</title>" in page
 
 
 def random_outputs(height: int, width: int) -> Decoded:
