@@ -123,9 +123,10 @@ def faults(coco: dict) -> Iterator[str]:
             for key, kind in kinds.items():
                 value = record.get(key)
                 if not isinstance(value, kind) or kind is int and abs(value) >= 2**53:
-                    yield (f"{what}: {key} {str(record.get(key, 'is missing'))[:40]} in "
-                           f"{str(record)[:80]}, expected {key} of type {kind.__name__.lower()}; "
-                           f"fix or remove the record")
+                    where = str(record)[:80] if key == "id" else f"id {record['id']}"
+                    yield (f"{what}: {key} {str(record.get(key, 'is missing'))[:40]} in {where}, "
+                           f"expected {key} of type {kind.__name__.lower()}; fix or remove the "
+                           f"record")
                 if kind is Number and not 1 <= value <= 100_000:
                     yield (f"{what}: {key} {str(value)[:40]} of image {record['id']}, expected 1 "
                            f"to 100000 px; fix its record")
@@ -290,6 +291,9 @@ def fingerprint(arrays: Iterable) -> str:
 
 def check_files(files: np.ndarray, folder: str) -> None:
     """Raise FileNotFoundError, with advice, for the first of the images that is not in folder."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: no such folder; expected the images that the json "
+                                f"names; if it has moved, give its new path")
     listed = set(os.listdir(folder))
     for name in files.tolist():
         if name not in listed and not os.path.isfile(os.path.join(folder, name)):

@@ -502,7 +502,8 @@ class Log:
 def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: int,
            global_batch: int, steps: tuple[int, ...]) -> Iterator[str]:
     """Warnings about likely mistakes in the arguments of print_plan."""
-    if images < 5000 and args.lr_scale != "none" and 4 * global_batch < args.lr_batch:
+    scaled = args.lr_scale != "none" and 4 * global_batch < args.lr_batch
+    if images < 5000 and scaled and not args.resume:
         yield ("with few images, a rate that is scaled down learns next to nothing: try --lr 2e-3 "
                "--lr-scale none, see README, Your own data")
     if report and len(report["loaded"]) < 2 * len(report["skipped"]):

@@ -277,11 +277,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
             ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power")):
         for name in sorted(values.keys() & names):
-            check(name, fine, f"has no effect without --{flag}")
+            check(name, fine or args.resume, f"has no effect without --{flag}")
     for name in ("lr_mult", "warmup_mult"):
-        check(name, args.mask or "mask" not in values.get(name, ()), "has no effect without --mask")
-    files = {"train_json", "train_images", "val_json", "val_images"}
-    for name in sorted(files - values.keys()) if files & values.keys() and not args.data else ():
+        check(name, args.mask or args.resume or "mask" not in values.get(name, ()),
+              "has no effect without --mask")
+    files, rest = {"train_json", "train_images", "val_json", "val_images"}, args.data or args.resume
+    for name in sorted(files - values.keys()) if files & values.keys() and not rest else ():
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
                 f"are needed; --{name.replace('_', '-')} is missing")
     args.out = args.out or OUT  # already here: --resume reads the run there
@@ -597,11 +598,12 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
         args.given = [name for name in args.given if name in ("teacher", *PATHS)]
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
-        if name not in (*MAY_CHANGE, "out", "resume") and new != old:
+        may = name in (*MAY_CHANGE, "out", "resume") and (name != "teacher" or old)
+        if new != old and not may:
             raise ValueError(f"--{name.replace('_', '-')} {new} differs from the {old} of the run "
                              f"in {args.out}; leave it out, or start a new run in another --out")
     here = {"out", "resume", "given", "max_steps", *args.given}
-    here |= set(PATHS) if here & set(PATHS) else set()
+    here |= set(PATHS) if "data" in here else set()
     vars(args).update({name: v for name, v in saved["args"].items() if name not in here})
     args.resume = True
     return saved

@@ -62,7 +62,7 @@ def test_what_tools_leave_out_is_filled_in_by_lines_after_the_second(here):
     coco["categories"] = [{"id": 7, "name": "thing"}, {**CATEGORY, "skeleton": [[0, 99]]},
                           {**CATEGORY, "id": 3}]
     Path("export.json").write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match="categor"):
+    with pytest.raises(ValueError, match="bbox is missing in id"):
         read_json("export.json")
     first, second, *rest = block('coco = json.load(open("export.json"))').splitlines()
     exec("\n".join([first, second, block('coco["categories"] = ['), *rest]), {})

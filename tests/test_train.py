@@ -383,6 +383,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--close-mosaic", "2", "--augment", "flip"], 1, "without --mosaic"),
     (["--data", "PEOPLE", "--schedule", "step"], 1, "the rate never drops; --lr-steps [] must"),
+    (["--data", "PEOPLE", "--val-images", "/nowhere"], 1, "/nowhere: no such folder; expected the"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "some of these do not end with"),
     (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "no such file; expected a checkpoint"),
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
@@ -577,6 +578,31 @@ def test_a_restarted_node_has_the_flags_of_the_run_and_its_own_paths(tmp_path):
                        "--lr", "2"])  # a rate that a resumed run could not have
     train.read_run(args, 0, "a")
     assert (args.data, args.teacher, args.lr) == ("/disk1/coco", "/disk1/m.pt", 1)
+
+
+@pytest.mark.parametrize("given, paths", [
+    (["--train-images", "b/"], ["a.json", "b/", "v.json", "v/"]),
+    (["--data", "coco"], [None, None, None, None])])
+def test_a_resumed_run_keeps_the_paths_that_have_not_moved(tmp_path, given, paths):
+    names = ("train_json", "train_images", "val_json", "val_images")
+    torch.save({"format": "nanopose", "launch": "", "best": [], "args": {
+        "data": None, **dict(zip(names, ("a.json", "a/", "v.json", "v/")))}}, tmp_path / "last.pt")
+    args = parse_args(["--out", str(tmp_path), "--resume", *given])
+    train.read_run(args, 0, "")
+    assert [getattr(args, name) for name in names] == paths
+    assert args.data == dict(zip(*[iter(given)] * 2)).get("--data")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--teacher", "t.pt"], "--teacher t.pt differs from the None of the run"),
+    (["--distill-weight", "2"], "--distill-weight 2.0 differs from the 1.0 of the run"),
+    (["--lr-mult", "mask=2"], "--lr-mult {'mask': 2.0} differs from the None of the run")])
+def test_a_resumed_run_does_not_change_its_terms(tmp_path, flags, message):
+    torch.save({"format": "nanopose", "launch": "", "best": [], "args": {
+        "teacher": None, "distill_weight": 1.0}}, tmp_path / "last.pt")
+    args = parse_args(["--out", str(tmp_path), "--resume", *flags])
+    with pytest.raises(ValueError, match=message):
+        train.read_run(args, 0, "")
 
 
 @pytest.mark.parametrize("error", [
