@@ -437,8 +437,6 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         if not augment.affine:  # the strength has no turns and shifts: zoom only
             changes |= {"affine": 1.0, "degrees": 0.0, "translate": 0.0}
     augment = augment._replace(last_mosaic=args.epochs - args.close_mosaic, **changes)
-    if args.close_mosaic and not augment.mosaic:
-        raise ValueError(f"--close-mosaic {args.close_mosaic} has no effect without --mosaic")
     cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)
     caches = [Cache(a, folder, args.image_size, args.cache) if cached else None
               for a, folder, *_ in sets]

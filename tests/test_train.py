@@ -381,7 +381,6 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--distill-weight", "2"], 2, "has no effect without --teacher"),
     (["--lr-steps", "2"], 2, "--lr-steps [2.0] has no effect without --schedule step"),
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
-    (["--data", "PEOPLE", "--close-mosaic", "2", "--augment", "flip"], 1, "without --mosaic"),
     (["--data", "PEOPLE", "--schedule", "step"], 1, "the rate never drops; --lr-steps [] must"),
     (["--data", "PEOPLE", "--val-images", "/nowhere"], 1, "/nowhere: no such folder; expected the"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "some of these do not end with"),
