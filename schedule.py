@@ -109,7 +109,8 @@ class WarmupEnd:
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
-        self.end = min(self.end, self.most) if self.dynamic else self.planned  # --epochs may differ
+        # --epochs may differ, and with it the plan
+        self.end = max(self.planned, min(self.end, self.most)) if self.dynamic else self.planned
 
 
 def sigma_scale(step: int, steps: int, start: float) -> float:

@@ -140,6 +140,13 @@ def test_a_dynamic_warmup_waits_until_the_loss_falls():
     longer = WarmupEnd(150)  # the same run, resumed with more epochs
     longer.load_state_dict(fixed.state_dict())
     assert longer.end == 150
+    for most, end in ((400, 150), (120, 150)):  # moved to 110, it would end before the plan
+        longer = WarmupEnd(150, True, most)
+        longer.load_state_dict(moving.state_dict())
+        assert longer.end == end
+    shorter = WarmupEnd(30, True)
+    shorter.load_state_dict(moving.state_dict())
+    assert shorter.end == 90
 
 
 def test_warmup_lengths():
