@@ -27,6 +27,7 @@ NMS is not in the file; for boxes (A, 4) and scores (A,) of one image, in numpy 
 import argparse
 import ast
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -71,7 +72,10 @@ def write(model: nn.Module, path: str, meta: dict) -> None:
     if path.endswith(".pt2"):
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # names folders of this computer
-        torch.export.save(program, path, extra_files={"nanopose.json": json.dumps(meta)})
+        whole = io.BytesIO()  # torch's own writer has no OSError for a full disk
+        torch.export.save(program, whole, extra_files={"nanopose.json": json.dumps(meta)})
+        with open(path, "wb") as f:
+            f.write(whole.getbuffer())
         return
     import onnx
     made = torch.onnx.export(
@@ -270,4 +274,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk
+        sys.exit(f"export.py: {error}")

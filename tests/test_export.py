@@ -66,6 +66,9 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
             assert want.shape == found.shape and torch.equal(want, traced)  # in [0, 1], too
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
     if kind == "pt2":
+        os.symlink("/dev/full", tmp_path / "full.pt2")  # a device without room
+        with pytest.raises(OSError, match="No space left"):
+            export.write(model.fuse(), str(tmp_path / "full.pt2"), {})
         extra = {"nanopose.json": ""}
         torch.export.load(path, extra_files=extra)
         inside = json.loads(extra["nanopose.json"])
