@@ -637,7 +637,8 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
     share, limit = max(total // world_size, 1), args.batch_size
     if "batch_size" not in given:
-        moved = world_size != saved["world_size"] and "batch_size" not in args.given
+        moved = (world_size != saved["world_size"] and "batch_size" not in args.given
+                 and not args.no_sync_bn)  # without it, norms see batch_size images anywhere
         if "accumulate" in given or moved:
             limit = max(share // args.accumulate, 1)  # norms see as many images as before
         if os.path.exists(note):
@@ -660,7 +661,8 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
 
     Not by an exception: other processes wait in a collective, and a clean exit would wait, too.
     """
-    said = "unable to find an engine|ALLOC(ATION)?_FAILED|out of memory"  # by cuDNN, CUDA, nccl
+    # by cuDNN, CUDA and nccl; the last by the CPU's allocator
+    said = "unable to find an engine|ALLOC(ATION)?_FAILED|out of memory|can't allocate memory"
     if not (isinstance(error, torch.OutOfMemoryError) or re.search(said, str(error))):
         raise error
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"

@@ -547,7 +547,7 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
     with --auto-batch the flags are those of the start, so it does."""
     (tmp_path / "out_of_memory").write_text("2")
     args = Namespace(out=str(tmp_path), batch_size=4, accumulate=accumulate, auto_batch=auto,
-                     given=given)
+                     given=given, no_sync_bn=False)
     assert cut_batch(args, {"global_batch": 8, "world_size": 1}, 1) == 8
     assert (args.batch_size, args.accumulate) == batch
 
@@ -555,8 +555,21 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
 def test_on_fewer_processes_a_given_micro_batch_is_the_limit_with_auto_batch_too(tmp_path):
     for given, batch in ((["batch_size"], (4, 8)), ([], (32, 1))):
         args = Namespace(out=str(tmp_path), batch_size=4, accumulate=1, auto_batch=True,
-                         given=given)
+                         given=given, no_sync_bn=False)
         assert cut_batch(args, {"global_batch": 32, "world_size": 8}, 1) == 32
+        assert (args.batch_size, args.accumulate) == batch
+
+
+@pytest.mark.parametrize("before, after, synced, alone", [
+    ((8, 60, 1), 1, (480, 1), (60, 8)), ((4, 60, 2), 2, (120, 2), (60, 4)),
+    ((1, 60, 8), 8, (6, 10), (60, 1))])
+def test_norms_see_as_many_images_on_other_numbers_of_processes(tmp_path, before, after, synced,
+                                                                alone):
+    """Of all processes, or, with --no-sync-bn, of each: (batch size, micro-batches)."""
+    for no_sync_bn, batch in ((False, synced), (True, alone)):
+        args = Namespace(out=str(tmp_path), batch_size=before[1], accumulate=before[2], given=[],
+                         auto_batch=False, no_sync_bn=no_sync_bn)
+        assert cut_batch(args, {"global_batch": 480, "world_size": before[0]}, after) == 480
         assert (args.batch_size, args.accumulate) == batch
 
 
@@ -608,6 +621,7 @@ def test_a_resumed_run_does_not_change_its_terms(tmp_path, flags, message):
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: out of memory"), RuntimeError("Cuda failure 2 'out of memory'"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     RuntimeError("GET was unable to find an engine to execute this computation")])
 def test_want_of_memory_is_known_whoever_says_so(error, tmp_path, monkeypatch, capsys):
     """By its note, its advice and the error's own words; others go on as they are."""
