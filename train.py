@@ -592,17 +592,19 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     if rank == 0 and len(there) < len(saved["best"]):
         say(f"check         best_EPOCH.pt files are gone; --average-best has {len(there)} so far")
     saved["best"] = there
-    if restarted:  # the saved flags are this launch's; paths are each machine's own
-        args.given = [name for name in args.given if name in ("teacher", *PATHS)]
+    if restarted:  # the saved flags are this launch's; these are each machine's own
+        args.given = [name for name in args.given if name in ("workers", "teacher", *PATHS)]
     for name in args.given:
         new, old = getattr(args, name), saved["args"].get(name)
         may = name in (*MAY_CHANGE, "out", "resume") and (name != "teacher" or old)
         if new != old and not may:
             raise ValueError(f"--{name.replace('_', '-')} {new} differs from the {old} of the run "
                              f"in {args.out}; leave it out, or start a new run in another --out")
-    here = {"out", "resume", "given", "max_steps", *args.given}
+    asked = {"workers"} & {*saved["args"].get("given", ())}  # else this machine's number
+    here = {"out", "resume", "given", "max_steps", *args.given, *{"workers"} - asked}
     here |= set(PATHS) if "data" in here else set()
     vars(args).update({name: v for name, v in saved["args"].items() if name not in here})
+    args.given += asked
     args.resume = True
     return saved
 

@@ -605,6 +605,16 @@ def test_a_resumed_run_keeps_the_paths_that_have_not_moved(tmp_path, given, path
     assert args.data == dict(zip(*[iter(given)] * 2)).get("--data")
 
 
+def test_a_resumed_run_has_the_loader_processes_asked_for_or_this_machine_s(tmp_path):
+    for given, flags, workers in (([], [], None), (["workers"], [], 3),
+                                  (["workers"], ["--workers", "1"], 1)):
+        torch.save({"format": "nanopose", "launch": "", "best": [], "args": {
+            "workers": 3, "given": given}}, tmp_path / "last.pt")
+        args = parse_args(["--out", str(tmp_path), "--resume", *flags])
+        train.read_run(args, 0, "")
+        assert args.workers == workers and ("workers" in args.given) == bool(given)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--teacher", "t.pt"], "--teacher t.pt differs from the None of the run"),
     (["--distill-weight", "2"], "--distill-weight 2.0 differs from the 1.0 of the run"),
