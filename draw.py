@@ -504,8 +504,8 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
     """Warnings about likely mistakes in the arguments of print_plan."""
     scaled = args.lr_scale != "none" and 4 * global_batch < args.lr_batch
     if images < 5000 and scaled and not args.resume:
-        yield ("with few images, a rate that is scaled down learns next to nothing: try --lr 2e-3 "
-               "--lr-scale none, see README, Your own data")
+        yield (f"with few images, a rate that is scaled down learns next to nothing: try --lr "
+               f"{args.lr:g} --lr-scale none, see README, Your own data")
     if report and len(report["loaded"]) < 2 * len(report["skipped"]):
         yield "few tensors of --weights fit: has it another size? Then give that as --model"
     total, *_, narrowing = steps

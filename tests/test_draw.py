@@ -367,9 +367,10 @@ def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide()
     (300, 120, "linear", False), (118287, 60, "linear", False)])
 def test_a_plan_doubts_a_rate_scaled_down_for_few_images(images, batch, scale, doubts):
     skeleton = Namespace(names=["nose"], flip=[0])
-    args = Namespace(sigma_start=1.0, lr_scale=scale, lr_batch=480, flip_pairs=None, resume=None)
+    args = Namespace(sigma_start=1.0, lr_scale=scale, lr=1e-4, lr_batch=480, flip_pairs=None,
+                     resume=None)
     said = "".join(draw.doubts({}, skeleton, args, images, batch, (9, 0, 9, 0, 9)))
-    assert ("--lr-scale none" in said) == doubts
+    assert ("try --lr 0.0001 --lr-scale none" in said) == doubts
     args.resume = True  # too late
     assert "--lr-scale" not in "".join(draw.doubts({}, skeleton, args, images, batch,
                                                    (9, 0, 9, 0, 9)))
