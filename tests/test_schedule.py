@@ -226,7 +226,7 @@ def test_what_is_not_known_is_not_taken_for_something_else():
     with pytest.raises(ValueError, match="'poly' is unknown"):
         lr_share(0, Plan(100, 10, decay="poly"))
     with pytest.raises(ValueError, match="'lion' is unknown"):
-        make_optimizer("lion", [{"params": [torch.ones(1)]}], 0.9)
+        make_optimizer("nonsense", [{"params": [torch.ones(1)]}], 0.9)
 
 
 def test_a_tensor_of_two_names_is_averaged_once():
