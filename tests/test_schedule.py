@@ -225,7 +225,7 @@ def test_what_is_not_known_is_not_taken_for_something_else():
     """A row of a table that nobody has written the code for."""
     with pytest.raises(ValueError, match="'poly' is unknown"):
         lr_share(0, Plan(100, 10, decay="poly"))
-    with pytest.raises(ValueError, match="'lion' is unknown"):
+    with pytest.raises(ValueError, match="'nonsense' is unknown"):
         make_optimizer("nonsense", [{"params": [torch.ones(1)]}], 0.9)
 
 
