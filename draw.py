@@ -258,12 +258,24 @@ def say(text: str, stream=None) -> None:
 
 
 def write_text(path: str, text: str) -> None:
+    """Write a text as write_bytes does."""
+    write_bytes(path, text.encode())
+
+
+def save_picture(path: str, picture: Image.Image, quality: int = 90) -> None:
+    """Save a JPEG as write_bytes does; Pillow's own writing may not notice a full disk."""
+    whole = io.BytesIO()
+    picture.save(whole, "JPEG", quality=quality)
+    write_bytes(path, whole.getvalue())
+
+
+def write_bytes(path: str, content: bytes) -> None:
     """Write a file atomically: readers find either the old file or the complete new one."""
     path = os.path.realpath(path)  # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(temporary, "wb") as f:
+            f.write(content)
         os.replace(temporary, path)
     except OSError as error:
         if os.path.exists(temporary):

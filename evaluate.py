@@ -37,7 +37,7 @@ from torchvision.ops import nms
 
 from data import (COCO_EDGES, COCO_NAMES, PAD_MODES, CocoPose, Skeleton, check_files, collate,
                   find_split, flatten, make_loader, read_json, read_skeleton, undo)
-from draw import card_page, contact_sheet, draw_people, write_text
+from draw import card_page, contact_sheet, draw_people, save_picture, write_text
 from model import SIZES, Decoded, YoloNasPose, decode, make_anchors, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
@@ -272,7 +272,7 @@ def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
 def save_people(path: str, dataset: CocoPose, keys: list[tuple[int, int]],
                 model: nn.Module | None = None) -> None:
     """Save a sheet of up to 16 of draw_samples' pictures."""
-    contact_sheet(draw_samples(dataset, keys[:16], model)).save(path, quality=90)
+    save_picture(path, contact_sheet(draw_samples(dataset, keys[:16], model)))
 
 
 def extremes(model: nn.Module, dataset: CocoPose, truth: COCO, by_image: dict[int, list[dict]],

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from data import UNREADABLE, fit_image, to_rgb
-from draw import contact_sheet, draw_people, write_text
+from draw import contact_sheet, draw_people, save_picture, write_text
 from evaluate import check_places, load_model, look, parse, people_in, to_coco
 
 
@@ -131,7 +131,7 @@ def main() -> None:
             picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],
                                   skeleton["edges"], scores[:n], skeleton["flip"])
             picture.thumbnail((65_500, 65_500))  # no JPEG is larger
-            picture.save(paths[path], quality=92)
+            save_picture(paths[path], picture, quality=92)
             sheet += [picture] if len(sheet) < 16 else []
             results += [{**result, "box": box, "file_name": path} for box, result in zip(
                 boxes.tolist(), to_coco(ids[path], 1, scores[:n], keypoints[:n]))]
@@ -142,8 +142,8 @@ def main() -> None:
     if args.results:
         write_text(args.results, json.dumps(results))
     if args.sheet and sheet:
-        contact_sheet([ImageOps.pad(picture, (480, 480)) for picture in sheet], 4).save(
-            os.path.join(args.out, "sheet.jpg"), quality=88)
+        save_picture(os.path.join(args.out, "sheet.jpg"), contact_sheet(
+            [ImageOps.pad(picture, (480, 480)) for picture in sheet], 4), quality=88)
     hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.3f})"
     print(f"{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
     if bad:
