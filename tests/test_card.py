@@ -521,12 +521,12 @@ def test_a_full_disk_is_said_in_one_line_and_a_link_stays_one(run, small, offici
     run("--metrics", str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "far.json").read_text())
     for script, flags in (("evaluate.py", ["--data", small / "set", "--workers", "0",
-                                        "--metrics", "m.json"]),
+                                        "--conf", "0", "--results", "r.json"]),
                           ("predict.py", [small / "set" / "val2017", "--out", "pictures"])):
         done = subprocess.run(
             [sys.executable, FOLDER.parent / script, "--weights", official_n, "--model", "n",
              "--image-size", "64", *flags], cwd=tmp_path, capture_output=True, text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)))
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
         assert done.returncode == 1 and done.stderr.startswith(f"{script}: [Errno 27]"), done
     assert {path.name for path in tmp_path.iterdir()} == {"link", "far.json", "pictures"}
     assert not list((tmp_path / "pictures").iterdir())
