@@ -30,7 +30,7 @@ MASK_TERMS, DISTILL_TERMS = ("mask",), ("kd_cls", "kd_box", "kd_pose")
 
 
 def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Tensor) -> Tensor:
-    """Object keypoint similarity: how well a predicted pose matches a labeled one.
+    """Object keypoint similarity (https://cocodataset.org/#keypoints-eval): how poses match.
 
     pred     (..., K, 2)  predicted x, y, px
     target   (..., K, 2)  labeled x, y, px
@@ -40,26 +40,26 @@ def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Ten
     returns  (...)        mean over labeled keypoints of exp(-distance^2 / (8 sigma^2 area));
                           0 where no keypoint is labeled.
 
-    The leading axes broadcast, so people (B, M, 1, K, 2) against anchors (B, 1, A, K, 2) give
-    (B, M, A); the loop over K keeps everything at that size.
+    Leading axes broadcast: people (B, M, 1, K, 2) and anchors (B, 1, A, K, 2) give (B, M, A).
     Raises ValueError if the numbers of keypoints and of sigmas differ.
-    COCO's metric: https://cocodataset.org/#keypoints-eval.
     """
     if pred.shape[-2] != len(sigmas):
         raise ValueError(f"pose has {pred.shape[-2]} keypoints but there are {len(sigmas)} sigmas; "
                          f"both must come from the same data set")
     labeled = labeled.to(pred.dtype)                                              # (..., K)
+    scale = -1 / (8 * sigmas.square() * (area[..., None] + EPS))                  # (..., K) 1/px^2
+    if pred.shape == target.shape:  # all at once: a GPU takes longer to start kernels than to run
+        near = ((pred - target).square().sum(-1) * scale).clamp(min=-80).exp()    # (..., K)
+        return (near * labeled).sum(-1) / (labeled.sum(-1) + EPS)
     total = pred.new_zeros(())
-    for k in range(len(sigmas)):
-        tolerance = 8 * sigmas[k].square() * (area + EPS)                         # (...) px^2
+    for k in range(len(sigmas)):  # nothing is larger than (...)
         d = pred[..., k, 0] - target[..., k, 0]                                   # (...) px
         near = d * d
         d = pred[..., k, 1] - target[..., k, 1]  # reused names free large tensors, see assign
-        near = torch.addcmul(near, d, d) * (-1 / tolerance)
+        near = torch.addcmul(near, d, d) * scale[..., k]
         near = near.clamp(min=-80).exp()  # a CPU's exp is 15 times as slow if it underflows
         total = torch.addcmul(total, near, labeled[..., k])
-    total = F.threshold(total, 1e-33, 0.0)  # sums of clamped terms: K e^-80 < 1e-33
-    return total / (labeled.sum(-1) + EPS)
+    return F.threshold(total, 1e-33, 0.0) / (labeled.sum(-1) + EPS)  # K clamped terms: < 1e-33
 
 
 def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:

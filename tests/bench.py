@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -100,6 +101,23 @@ def step_parts(args: argparse.Namespace, device: torch.device) -> dict:
             "optimizer": optimizer.step, "EMA": lambda: ema.update(1), "step": whole}
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators started within it, but for those that only view or allocate: about the
+    kernels that a GPU starts, each of which takes its CPU some microseconds."""
+
+    FREE = {"view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "permute",
+            "alias", "unsqueeze", "squeeze", "detach", "as_strided", "split", "split_with_sizes",
+            "unbind", "empty", "_reshape_alias"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator.overloadpacket.__name__ not in self.FREE
+        return operator(*args, **(kwargs or {}))
+
+
 def inference_parts(args: argparse.Namespace, device: torch.device) -> dict:
     """{part: a function}: the network in eval mode as trained, and fused, at two batch sizes."""
     model = YoloNasPose(args.model).to(device, memory_format=torch.channels_last).eval()
@@ -174,6 +192,11 @@ def main() -> None:
         parts |= step_parts(args, device)
     if args.only in (None, "inference"):
         parts |= inference_parts(args, device)
+    if "step" in parts and not args.compile:
+        parts["step"]()  # the first one also makes the optimizer's state
+        with Operators() as operators:
+            parts["step"]()
+        print(f"{operators.count} operators a step")
     print(f"{args.model}, {args.image_size} px, batch {args.batch_size}, {args.people} people, amp "
           f"{args.amp}, torch {torch.__version__}, {device}, one thread; about {args.rounds} steps")
     found = {"machine": f"{torch.__version__}, {device}", "flags": vars(args), "ms": {}}

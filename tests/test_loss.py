@@ -267,8 +267,9 @@ def test_oks_is_that_of_pycocotools():
         scorer._dts[0, 1] = [{"keypoints": np.c_[p, np.ones(17)].ravel(), "score": -i}
                              for i, p in enumerate(pred[m])]
         t = torch.tensor(target[m])
-        got = oks(torch.tensor(pred[m]), t[:, :2], t[:, 2] > 0, torch.tensor(area[m]), SIGMAS)
-        np.testing.assert_allclose(got, scorer.computeOks(0, 1)[:, m], rtol=1e-8)
+        for poses in t[:, :2], t[:, :2].expand(7, 17, 2):  # keypoint by keypoint, all at once
+            got = oks(torch.tensor(pred[m]), poses, t[:, 2] > 0, torch.tensor(area[m]), SIGMAS)
+            np.testing.assert_allclose(got, scorer.computeOks(0, 1)[:, m], rtol=1e-8)
 
 
 def test_oks_refuses_the_sigmas_of_another_skeleton():

@@ -1,6 +1,8 @@
 """train.py and evaluate.py as a user runs them, on a small drawn set; some in this process, which
 spares them the start of another."""
+import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import evaluate
 import train
 from data import (COCO_NAMES, FLIP, MOSAIC_HEAVY, CocoPose, DataError, Skeleton, collate, flatten,
@@ -241,6 +244,39 @@ def test_a_steps_gradient_is_divided_once_by_its_scores_then_clipped(small):
         found = torch.cat([p.grad.flatten() for p in parameters])
         assert (found - min(share, 1) * want).norm() <= 1e-9 * want.norm()
         assert (done.norm, done.sums[0]) == pytest.approx((want.norm().item(), total), rel=1e-9)
+
+
+def test_a_step_that_is_not_finite_leaves_the_model_as_it_was(small):
+    args = parse_args(["--data", str(small / "people"), "--image-size", "64", "--batch-size", "2",
+                       "--augment", "none"])
+    fill_recipe(args)
+    data = open_data(args, 0)[0]
+    images, targets = collate([data[0, i] for i in (0, 1)])
+    targets["keypoints"][0, 0, 0, 0] = math.inf
+    torch.manual_seed(0)
+    model = YoloNasPose("n")
+    model.register_buffer("yours", torch.tensor([[True, False], [False, True], [True, True]]))
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    seen = []
+    norm = model.backbone.stem.conv.post_bn
+    norm.register_forward_hook(lambda *_: seen.append(norm.num_batches_tracked.item()))
+    flat = flat_gradients([p for p in parameters if p.requires_grad], len(TERMS) + 3)
+    done = train_step(model, None, PoseLoss(torch.tensor(data.skeleton.sigmas)),
+                      iter([(images, targets)]), torch.optim.SGD(parameters, lr=1.0),
+                      torch.amp.GradScaler("cpu", enabled=False), flat, args, 64, 8.0, False)
+    assert not done.finite and seen == [1]
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name
+
+
+def test_a_step_starts_few_operators(small):
+    """A GPU's CPU starts them one by one, at small images the longest part of a step."""
+    parts = bench.step_parts(Namespace(model="n", amp="no", compile=False, batch_size=1,
+                                       image_size=64, people=3), torch.device("cpu"))
+    parts["step"]()
+    with bench.Operators() as operators:
+        parts["step"]()
+    assert operators.count <= 2300  # 146 convolutions and 135 norms, forward and backward: 1,400
 
 
 def test_the_reference_recipe_reaches_loss_labels_and_tolerance(small):
