@@ -150,8 +150,7 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
 
     box_logits (..., 4, R), distances (..., 4) in strides, clamped to the range of the bins -> (...)
     """
-    reach = box_logits.shape[-1] - 1 - 0.01
-    distances = distances.clamp(0, reach)                                         # (..., 4)
+    distances = distances.clamp(0, box_logits.shape[-1] - 1 - 0.01)               # (..., 4)
     low = distances.floor()                                                       # (..., 4)
     bins = torch.stack([low, low + 1], dim=-1).long()                             # (..., 4, 2)
     share = torch.stack([low + 1 - distances, distances - low], dim=-1)           # (..., 4, 2)
@@ -180,7 +179,8 @@ def complete_iou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-10) -> Tens
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Pick the rows `index` (B, P) of values (B, N, ...): (B, P, ...)."""
-    return values[torch.arange(len(index), device=index.device)[:, None], index]
+    index = index.view(*index.shape, *[1] * (values.ndim - 2))                    # (B, P, 1, ...)
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))  # by [] its gradient sorts
 
 
 class LossWeights(NamedTuple):
