@@ -340,6 +340,8 @@ def describe(dataset: "CocoPose") -> list[str]:
     checks = {f"people smaller than 8 px at {size} px": image[people & (side < 8)],
               "boxes that their image has twice": np.delete(image, first),
               "boxes beyond their image (bbox is x, y, width, height)": image[over],
+              "people without keypoints and box, taken for background": image[
+                  ~labeled.any(1) & ~a.crowd & (side == 0)],
               "people with a keypoint outside the image, taken for not labeled": image[
                   outside.any(1)],
               "people with a labeled keypoint at 0, 0: is it missing, with v 0?": image[

@@ -469,10 +469,10 @@ class Log:
         state = ("stopped early (--patience)" if stopper.over(evaluated) else
                  "done" if step >= self.total_steps and evaluated >= last else "stopped")
         best, epoch = stopper.best, stopper.best_epoch
-        ap = f"best AP {best:.4f}" if best > 0 else f"AP under 0.001, best OKS {best + 1:.3f}"
+        ap = f"best AP {best:.4f}" if best > 0 else f"AP 0.001 or less, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
-        more = f"; go on with --resume --out {shlex.quote(out)}"
-        more = more if self.path and state == "stopped" else ""
+        more = f"; go on with --resume --out {shlex.quote(out)}" * bool(self.path)
+        more = {"done": "", "stopped": more}.get(state, f"{more} --patience {2 * stopper.patience}")
         say(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:
@@ -511,6 +511,11 @@ class Log:
         self.interval = self.ended
 
 
+# Numbers of data.Augment that have no effect while the probability behind them is 0.
+STRENGTHS = {"contrast_range": "contrast", "hsv_gain": "hsv", "degrees": "affine",
+             "scale": "affine", "translate": "affine"}
+
+
 def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: int,
            global_batch: int, steps: tuple[int, ...]) -> Iterator[str]:
     """Warnings about likely mistakes in the arguments of print_plan."""
@@ -523,6 +528,8 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
     total, *_, narrowing = steps
     if narrowing > total and args.sigma_start != 1:
         yield "the keypoint tolerance stays wide to the end: lower --sigma-epochs"
+    if args.patience < min(args.sigma_epochs, args.epochs):
+        yield "AP and OKS may fall while the tolerance narrows (--sigma-epochs): raise --patience"
     pair = [i != j for i, j in enumerate(skeleton.flip)]
     alone = [name for name, paired in zip(skeleton.names, pair)
              if not paired and name.startswith(("left", "right"))]
@@ -540,19 +547,25 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     to do now, of the warmup, and until the keypoint tolerance has narrowed. report: load_weights'.
     """
     processes, skeleton = os.environ.get("LOCAL_WORLD_SIZE"), train_set.skeleton
-    launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    where = f"--nnodes {nodes} ..." if nodes > 1 else "--standalone"
+    launcher = f"torchrun {where} --nproc-per-node {processes}" if processes else "python"
     total, done, now, warmup, narrowing = steps
     lines = [f"goes on from  {args.out}, step {done}"] if done else []
     lines.append(f"command       {launcher} {shlex.join(sys.argv)}")
     groups = {origin: [(name, getattr(args, name)) for name in source if source[name] == origin]
               for origin in dict.fromkeys(source.values())}
-    for origin, values in [*groups.items(), ("augmentation", train_set.augment._asdict().items())]:
+    augment = train_set.augment._asdict()
+    groups["augmentation"] = [(name, x) for name, x in augment.items()
+                              if augment[STRENGTHS.get(name, name)] or name not in STRENGTHS]
+    for origin, values in groups.items():
         text = ", ".join(f"{name.replace('_', '-')} {x}" for name, x in values if x is not None)
         lines += textwrap.wrap(f"{origin:13} {text}" * bool(text), 100, break_on_hyphens=False,
                                subsequent_indent=14 * " ")
     for name, tensors in report.items():
         some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")
-        lines += [f"weights {name} {len(tensors)}{some}"] if tensors else []
+        kept = " (rows of the names that both share)" * (name == "in part")
+        lines += [f"weights {name}{kept} {len(tensors)}{some}"] if tensors else []
     pairs = [f"{skeleton.names[i]}-{skeleton.names[j]}"
              for i, j in enumerate(skeleton.flip) if i < j]
     shown = ", ".join(pairs if len(pairs) < 5 else [pairs[0], "...", pairs[-1]])

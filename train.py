@@ -217,7 +217,7 @@ FLAGS = {
         ("average-best", int, 0, "at the end, average the N best epochs into average.pt"),
         ("sync-check", int, None, "steps between comparisons of all tensors of all processes"),
         ("eval-every", int, None, "epochs between evaluations"),
-        ("patience", int, None, "stop after N epochs without a better AP"),
+        ("patience", int, None, "stop after N epochs without a better AP (OKS while AP is 0)"),
         ("log-every", int, 50, "steps between progress lines; step 5 prints a first ETA"),
         ("seed", int, 0, "random seed of weights, order, augmentation"),
     ],
@@ -602,6 +602,10 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     if rank == 0 and len(there) < len(saved["best"]):
         say(f"check         best_EPOCH.pt files are gone; --average-best has {len(there)} so far")
     saved["best"] = there
+    unknown = sorted(saved["args"].keys() - vars(args).keys())
+    if unknown:
+        raise ValueError(f"the run in {args.out} has {', '.join(unknown)}, which are unknown here; "
+                         f"go on with the code that began it")
     if restarted:  # the saved flags are this launch's; these are each machine's own
         args.given = [name for name in args.given if name in ("workers", "teacher", *PATHS)]
     for name in args.given:

@@ -215,8 +215,8 @@ def main() -> None:
         found["samples_s"] = loader_rates(args.data, args.image_size, args.rounds)
         for name, rate in found["samples_s"].items():
             print(f"loader, {name:22} {rate:7.1f} samples/s and core")
-    found["memory_gb"] = train.largest_memory(torch.device("cpu"))
-    print(f"largest memory {found['memory_gb']:.1f} GB")
+    found["memory_gb"] = train.largest_memory(device)
+    print(f"largest memory {found['memory_gb']:.1f} GB{' of the GPU' * (device.type == 'cuda')}")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
 

@@ -503,8 +503,10 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
     exif[ExifTags.Base.Orientation] = 3  # upside down, which its size cannot tell
     Image.new("RGB", (100, 100)).save(tmp_path / "10.png", exif=exif)
     annotations[11]["bbox"] = [10, 10, 92, 80]
+    annotations[12] |= {"bbox": [0, 0, 0, 0], "keypoints": 21 * [0]}
     text = said()
-    for line in ("59 labeled, 1 without keypoints, 1 crowds; 2 images show nobody labeled",
+    for line in ("58 labeled, 2 without keypoints, 1 crowds; 3 images show nobody labeled",
+                 "1 people without keypoints and box, taken for background, like 12.png",
                  "1 people smaller than 8 px at 200 px, like 5.png",
                  "1 boxes that their image has twice, like 6.png",
                  "1 people with a keypoint outside the image, taken for not labeled, like 4.png",

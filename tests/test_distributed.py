@@ -558,6 +558,9 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     for what in "keypoints", "labels to train on", "labels to evaluate", "teacher":
         with pytest.raises(SystemExit, match=f"not the {what} of the run"):
             t.take_up(dict(state), argparse.Namespace(), {}, "", state["contents"] | {what: "x"})
+    torch.save({**state, "args": {**state["args"], "noise": 0.5}}, out / "last.pt")
+    with pytest.raises(SystemExit, match="run has noise, which are unknown here"):
+        run_here(monkeypatch, *resume)
     state["model"]["new"] = state["model"].pop("heads.head1.cls_pred.bias")
     torch.save(state, out / "last.pt")
     with pytest.raises(SystemExit, match="has another network, loss or .* key"):

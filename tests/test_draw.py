@@ -339,20 +339,23 @@ def test_a_line_that_nobody_reads_any_more_ends_no_run(monkeypatch):
         draw.say("full", stream)
 
 
+PATIENT = {"patience": 9, "sigma_epochs": 5.0, "epochs": 9}
+
+
 @pytest.mark.parametrize("names, flip, said", [
     (["nose"], [0], ""), (["a", "b"], [1, 0], ""), (["left_a", "right_a"], [1, 0], ""),
     (["a", "b"], [0, 1], "is there no left and right?"),
     (["left_a", "right_a", "finL", "finR"], [0, 1, 3, 2], "left_a, right_a: in no pair.")])
 def test_a_plan_doubts_sides_without_a_twin(names, flip, said):
     skeleton = Namespace(names=names, flip=flip)
-    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None)
+    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None, **PATIENT)
     found = list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     assert len(found) == bool(said) and "".join(found).startswith(said)
 
 
 def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide():
     skeleton = Namespace(names=["nose"], flip=[0])
-    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None)
+    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None, **PATIENT)
     fits = {"loaded": 874 * ["a"], "skipped": 12 * ["b"]}
     of_s = {"loaded": 215 * ["a"], "skipped": 671 * ["b"]}
     of_l = {"loaded": 576 * ["a"], "skipped": 377 * ["b"]}  # into M
@@ -360,6 +363,8 @@ def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide()
     for report in (of_s, of_l):
         assert "another size" in "".join(draw.doubts(report, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     assert "--sigma-epochs" in "".join(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 10)))
+    args.patience = 4
+    assert "raise --patience" in "".join(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
 
 
 @pytest.mark.parametrize("images, batch, scale, doubts", [
@@ -368,7 +373,7 @@ def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide()
 def test_a_plan_doubts_a_rate_scaled_down_for_few_images(images, batch, scale, doubts):
     skeleton = Namespace(names=["nose"], flip=[0])
     args = Namespace(sigma_start=1.0, lr_scale=scale, lr=1e-4, lr_batch=480, flip_pairs=None,
-                     resume=None)
+                     resume=None, **PATIENT)
     said = "".join(draw.doubts({}, skeleton, args, images, batch, (9, 0, 9, 0, 9)))
     assert ("try --lr 0.0001 --lr-scale none" in said) == doubts
     args.resume = True  # too late
@@ -379,7 +384,7 @@ def test_a_plan_doubts_a_rate_scaled_down_for_few_images(images, batch, scale, d
 def test_somebody_who_says_that_there_are_no_pairs_is_believed():
     skeleton = Namespace(names=["a", "b"], flip=[0, 1])
     for given, n in ((None, 1), ("", 0)):
-        args = Namespace(sigma_start=1.0, lr_scale="none", flip_pairs=given)
+        args = Namespace(sigma_start=1.0, lr_scale="none", flip_pairs=given, **PATIENT)
         assert len(list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))) == n
 
 
