@@ -153,9 +153,10 @@ def faults(coco: dict) -> Iterator[str]:
     points = (v for ann in coco["annotations"] for i, v in enumerate(ann.get("keypoints") or [])
               if i % 3 < 2)
     if (max((max(ann["bbox"]) for ann in coco["annotations"]), default=2) <= 1
-            or 0 < max(points, default=0) < 1):
-        yield ("all boxes or all keypoints lie within 1 px, expected px, not shares of the image, "
-               "and boxes around the people; export again")
+            or 0 < max(points, default=0) < 1
+            or 0 < max((ann.get("area") or 0 for ann in coco["annotations"]), default=0) <= 1):
+        yield ("all boxes, keypoints or areas lie within 1 px, expected px, not shares of the "
+               "image, and boxes around the people; export again")
 
 
 def wrong_with(ann: dict, images: set[int], category: dict) -> str:
@@ -171,7 +172,7 @@ def wrong_with(ann: dict, images: set[int], category: dict) -> str:
         if len(keypoints) != numbers:
             return f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each name)"
         if not (math.isfinite(sum(bbox) + sum(keypoints) + (ann.get("area") or 0))
-                and max(map(abs, [*bbox, *keypoints])) < 1e9
+                and max(map(abs, [*bbox, *keypoints])) < 1e9 and (ann.get("area") or 0) <= 1e10
                 and len(bbox) == 4 and min(bbox[2:]) >= 0):
             return (f"bbox {bbox}, area {ann.get('area')}, and keypoints; expected finite numbers "
                     f"everywhere (0, 0, 0 for a missing keypoint), in bbox 4: x, y, and a size "

@@ -249,8 +249,9 @@ def say(text: str, stream=None) -> None:
     """Print a line to stdout or stream. If nobody can read it any more (a closed terminal, a tee
     that Ctrl-C ended), the run goes on, and all later output is discarded."""
     stream = stream or sys.stdout
+    kind = getattr(stream, "encoding", None) or "utf-8"  # not every terminal knows every letter
     try:
-        print(text, file=stream, flush=True)
+        print(text.encode(kind, "backslashreplace").decode(kind), file=stream, flush=True)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
@@ -294,9 +295,10 @@ def read_log(folder: str) -> list[dict]:
         for number, text in enumerate(f, 1):
             try:
                 line = dict(json.loads(text))
-                line["step"] + line.get("loss", 0) + 0  # numbers?
+                sum(0.0 * x for name, x in line.items() if name != "not_finite")  # numbers?
+                line["step"], "skipped" in line and ", ".join(line["not_finite"])
                 lines.append(line)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError):
                 say(f"{path}: line {number} is {text[:40].strip()!r}, expected json with a step; "
                     f"left out", sys.stderr)
     if not lines:

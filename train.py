@@ -636,6 +636,9 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents
     except (KeyError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: the run in {out} has another network, loss or optimizer; go on with "
                  f"the code that began it: {str(error).splitlines()[-1].strip()}")
+    if at.step > parts["log"].total_steps:
+        sys.exit(f"train.py: the run in {out} is at step {at.step} already, and would "
+                 f"end at step {parts['log'].total_steps} with these --epochs; give more")
     saved.clear()  # frees the memory of a second model, average and optimizer
 
 
@@ -724,6 +727,10 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     if args.compile and sync:
         raise ValueError("--compile cannot trace norms that are synced over processes; add "
                          "--no-sync-bn, or leave --compile out")
+    if (args.batch_size == 1 and not sync and args.freeze.get("bn") != 0
+            and args.image_size * (1 - args.multi_scale) <= 32):
+        raise ValueError("--batch-size 1 at 32 px leaves norms one value to learn from; give 2, or "
+                         "larger images")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it
         torch.use_deterministic_algorithms(True)
@@ -832,7 +839,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
     score = metrics["AP"] if metrics["AP"] > 0.001 else metrics["OKS"] - 1
     stopper.update(score, epoch)
     listed = [f"best_{e}.pt" for _, e in at.best]
-    at.best = sorted([*at.best, [metrics["AP"], epoch]], reverse=True)[:args.average_best]
+    at.best = sorted([*at.best, [score, epoch]], reverse=True)[:args.average_best]
     if rank == 0:
         log.evaluation(at.step, "epoch", epoch, metrics, stopper.best > best)
         save_people(f"{args.out}/predictions.jpg", dataset,
@@ -844,7 +851,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
         for name in os.listdir(args.out) if args.average_best else ():
             if re.fullmatch(r"best_\d+\.pt", name) and name not in listed:
                 os.remove(f"{args.out}/{name}")
-        if [metrics["AP"], epoch] in at.best:
+        if [score, epoch] in at.best:
             write_atomically(f"{args.out}/best_{epoch}.pt", content)
     if at.best and (last or stopper.over(epoch)):
         files = [f"{args.out}/best_{e}.pt" for e in sorted(e for _, e in at.best)]

@@ -617,6 +617,8 @@ def with_category(**changes) -> dict:
     (labels([IMAGE], [{**PERSON, "bbox": [0, 0, 0, 0]}]), "expected one around the body"),
     (labels([IMAGE], [{**PERSON, "keypoints": [0.1, 0.9, 2] * 3}]), "not shares of the image"),
     (labels([IMAGE], [{**PERSON, "bbox": [0.1, 0.2, 0.5, 1]}]), "not shares of the image"),
+    (labels([IMAGE], [{**PERSON, "area": 0.4}]), "not shares of the image"),
+    (labels([IMAGE], [{**PERSON, "area": 1e11}]), "expected finite numbers everywhere"),
     (with_category(keypoints=["a", "a", "b"]), "different texts"),
     (with_category(keypoints=[1, 2, 3]), "different texts"),
     (labels([7], []), "images: found 7, expected a record"),

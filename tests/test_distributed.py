@@ -533,6 +533,16 @@ def test_both_processes_stop_at_the_same_epoch_also_after_a_resume(data, tmp_pat
     assert "stopped early" in train("--out", tmp_path / "a", "--resume")
 
 
+def test_while_ap_is_0_the_best_epochs_are_those_of_highest_oks(data, tmp_path, monkeypatch):
+    scores = iter((0.3, 0.1, 0.2, 0.25))  # the last one is the average's
+    monkeypatch.setattr(t, "evaluate", lambda *_: ({"AP": 0.0, "OKS": next(scores)}, {}))
+    monkeypatch.setattr(t, "extremes", lambda *_: [])
+    run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
+             4, "--workers", 0, "--eval-every", 1, "--average-best", 2)
+    assert [epoch for _, epoch in checkpoint(tmp_path)["best"]] == [1, 3]
+    assert next(scores, None) is None and (tmp_path / "average.pt").exists()
+
+
 def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data, tmp_path,
                                                                             monkeypatch, capsys):
     out, resume = tmp_path / "run", ("--out", tmp_path / "run", "--resume")
@@ -555,6 +565,9 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     with pytest.raises(SystemExit, match="has another network, loss or .* 'tracker'"):
         t.take_up(dict(state), argparse.Namespace(step=0), {"tracker": torch.nn.Identity()}, "",
                   state["contents"])
+    log = argparse.Namespace(total_steps=1, load_state_dict=lambda _: None)
+    with pytest.raises(SystemExit, match="step 3 already, and would end at step 1 with"):
+        t.take_up(dict(state), argparse.Namespace(step=0), {"log": log}, "", state["contents"])
     for what in "keypoints", "labels to train on", "labels to evaluate", "teacher":
         with pytest.raises(SystemExit, match=f"not the {what} of the run"):
             t.take_up(dict(state), argparse.Namespace(), {}, "", state["contents"] | {what: "x"})

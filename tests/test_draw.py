@@ -278,7 +278,10 @@ def test_runs_that_cannot_be_shown_get_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 1', b"5", b'{"AP": 0.3}', b"\0\0\xff\xfe", b"",
-                                    b'{"step": 5, "loss": null}', b'{"step": "5", "loss": "1"}'])
+                                    b'{"step": 5, "loss": null}', b'{"step": "5", "loss": "1"}',
+                                    b'{"step": 5, "AP": null}', b'{"step": 5, "lr": "x"}',
+                                    b'{"step": 5, "skipped": 1}', b'{"step": 1' + 400 * b"0" + b"}",
+                                    b'{"step": 5, "skipped": 2, "not_finite": [1]}'])
 def test_a_damaged_line_of_a_log_is_named_and_left_out(tmp_path, capsys, damage):
     """A report must not end a run whose log was copied while it was written."""
     folder = tmp_path / "run"
@@ -289,6 +292,12 @@ def test_a_damaged_line_of_a_log_is_named_and_left_out(tmp_path, capsys, damage)
     assert not capsys.readouterr().err
     assert draw.read_log(str(folder)) == whole
     assert f"{path}: line 2 is " in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_letter_shows_its_number():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    draw.say("n\u00f6se \ud83d", stream)
+    assert stream.buffer.getvalue() == b"n\\xf6se \\ud83d\n"
 
 
 @pytest.mark.parametrize("evaluated", [(), (12,), (3, 12, 19, 20)])
