@@ -383,9 +383,11 @@ has no row for the rest.</p>
 gain is what that adds. Gains overlap. Keypoints: good is as near to the label as people who label
 agree (similarity 0.85 or more), jitter a little off, inversion on the person's other side, swap on
 another person, miss on none of these (all under 0.5). Detections: best is nearest to its person,
-score farther but of a higher score, duplicate of a lower one, background on nobody. Scores are put
-right by giving each best its OKS and all others 0, which takes these two out of the way too. Found:
-somebody whom a detection fits at least roughly (OKS 0.1).</p>{errors}
+score farther but of a higher score, duplicate of a lower one, background on nobody (many are of low
+scores and cost little). Put right means: keypoints move onto their labels, wrong detections go,
+missed people are found; with scores, each best gets its OKS and all others 0, which takes
+duplicates and background away, too. Detections on crowds and on people without keypoints do not
+count. Found: somebody whom a detection fits at least roughly (OKS 0.1).</p>{errors}
 <h2>Keypoints</h2><p>Of found people alone. OKS is 1 on the label and falls to 0 with distance, by
 the person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
 longer side. Good to miss are shares, and add up to 1.</p>{keypoints}

@@ -11,6 +11,11 @@ Inside  json, in ONNX as metadata, in pt2 as the extra file nanopose.json: the k
         pad with 127 (bottom_right, or center: all around; fit_image in data.py does exactly this);
         conf, iou, pre, post of evaluate.py's select (conf 0.01 is for AP; predict.py takes 0.3)
 
+Run     onnxruntime.InferenceSession(FILE).run(None, {"images": images}), whose
+        get_modelmeta().custom_metadata_map holds one json text for each name; or
+        extra = {"nanopose.json": ""}; program = torch.export.load(FILE, extra_files=extra);
+        program.module()(torch.from_numpy(images)), with json.loads(extra["nanopose.json"])
+
 NMS is not in the file; for boxes (A, 4) and scores (A,) of one image, in numpy (kept: best first):
 
     left, kept = np.argsort(-scores)[:pre], []
