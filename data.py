@@ -156,7 +156,7 @@ def faults(coco: dict) -> Iterator[str]:
             or 0 < max(points, default=0) < 1
             or 0 < max((ann.get("area") or 0 for ann in coco["annotations"]), default=0) <= 1):
         yield ("all boxes, keypoints or areas lie within 1 px, expected px, not shares of the "
-               "image, and boxes around the people; export again")
+               "image, and boxes around the people; export again (an area may be left out)")
 
 
 def wrong_with(ann: dict, images: set[int], category: dict) -> str:

@@ -298,7 +298,7 @@ def read_log(folder: str) -> list[dict]:
                 sum(0.0 * x for name, x in line.items() if name != "not_finite")  # numbers?
                 line["step"], "skipped" in line and ", ".join(line["not_finite"])
                 lines.append(line)
-            except (ValueError, TypeError, KeyError, OverflowError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 say(f"{path}: line {number} is {text[:40].strip()!r}, expected json with a step; "
                     f"left out", sys.stderr)
     if not lines:
@@ -470,13 +470,14 @@ class Log:
         evaluation was after epoch `evaluated` of `last`; stopper is a schedule.EarlyStopping."""
         if self.figures:
             self.report([])
-        state = ("stopped early (--patience)" if stopper.over(evaluated) else
-                 "done" if step >= self.total_steps and evaluated >= last else "stopped")
         best, epoch = stopper.best, stopper.best_epoch
+        state = ("done" if step >= self.total_steps and evaluated >= last else
+                 "stopped early (--patience)" if stopper.over(evaluated) else "stopped")
+        longer = f" --patience {2 * max(stopper.patience, evaluated - epoch)}"
         ap = f"best AP {best:.4f}" if best > 0 else f"AP 0.001 or less, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
-        more = f"; go on with --resume --out {shlex.quote(out)}" * bool(self.path)
-        more = {"done": "", "stopped": more}.get(state, f"{more} --patience {2 * stopper.patience}")
+        more = (f"; go on with --resume --out {shlex.quote(out)}{longer * ('early' in state)}"
+                if self.path and state != "done" else "")
         say(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:
@@ -532,7 +533,7 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
     total, *_, narrowing = steps
     if narrowing > total and args.sigma_start != 1:
         yield "the keypoint tolerance stays wide to the end: lower --sigma-epochs"
-    if args.patience < min(args.sigma_epochs, args.epochs):
+    if args.patience < min(args.sigma_epochs, args.epochs) and args.sigma_start != 1:
         yield "AP and OKS may fall while the tolerance narrows (--sigma-epochs): raise --patience"
     pair = [i != j for i, j in enumerate(skeleton.flip)]
     alone = [name for name, paired in zip(skeleton.names, pair)
@@ -607,7 +608,7 @@ def main() -> None:
         write_text(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))
     except (ValueError, OSError) as error:
         sys.exit(f"draw.py: {error}")
-    print(f"{args.out}: {sum(map(len, runs.values()))} lines of {len(runs)} runs")
+    say(f"{args.out}: {sum(map(len, runs.values()))} lines of {len(runs)} runs")
 
 
 if __name__ == "__main__":

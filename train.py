@@ -629,6 +629,10 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents
         if saved.get("contents", contents).get(what) != mark:  # older ones have none
             sys.exit(f"train.py: not the {what} of the run in {out}; give it its own, or start a "
                      f"new run in another --out")
+    end = parts["log"].total_steps if "log" in parts else math.inf
+    if saved["step"] > end:
+        sys.exit(f"train.py: the run in {out} is at step {saved['step']} already, and would end at "
+                 f"step {end} with these --epochs; give more")
     try:
         vars(at).update({name: saved[name] for name in vars(at)})
         for name, part in parts.items():
@@ -636,9 +640,6 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents
     except (KeyError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: the run in {out} has another network, loss or optimizer; go on with "
                  f"the code that began it: {str(error).splitlines()[-1].strip()}")
-    if at.step > parts["log"].total_steps:
-        sys.exit(f"train.py: the run in {out} is at step {at.step} already, and would "
-                 f"end at step {parts['log'].total_steps} with these --epochs; give more")
     saved.clear()  # frees the memory of a second model, average and optimizer
 
 
@@ -650,6 +651,7 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     of one that ran out of memory. Raises ValueError if the product is not the images per step.
     """
     if not saved:
+        check_norms(args, world_size)
         return args.batch_size * args.accumulate * world_size
     note, restarts = f"{args.out}/out_of_memory", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     again = from_rank_0(os.path.exists(note) and restarts != "0")  # torchrun repeats --batch-size
@@ -671,7 +673,17 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
         raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
                          f"processes x {args.batch_size} images x {args.accumulate} micro-batches; "
                          f"choose numbers whose product is {total}")
+    check_norms(args, world_size)
     return total
+
+
+def check_norms(args: argparse.Namespace, world_size: int) -> None:
+    """Raise ValueError if a norm would get one value at the coarsest level, of 1 x 1 at 32 px."""
+    images = args.batch_size * (1 if args.no_sync_bn else world_size)
+    smallest = args.image_size * (1 - args.multi_scale)
+    if images == 1 and smallest <= 32 and args.freeze.get("bn") != 0:
+        raise ValueError("--batch-size 1 at 32 px leaves norms one value to learn from; give 2, or "
+                         "larger images")
 
 
 def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
@@ -727,10 +739,6 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     if args.compile and sync:
         raise ValueError("--compile cannot trace norms that are synced over processes; add "
                          "--no-sync-bn, or leave --compile out")
-    if (args.batch_size == 1 and not sync and args.freeze.get("bn") != 0
-            and args.image_size * (1 - args.multi_scale) <= 32):
-        raise ValueError("--batch-size 1 at 32 px leaves norms one value to learn from; give 2, or "
-                         "larger images")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it
         torch.use_deterministic_algorithms(True)

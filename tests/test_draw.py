@@ -21,7 +21,9 @@ from PIL import Image
 
 import draw
 import evaluate
-from data import COCO_SIGMAS, CocoPose, flatten, read_json, read_skeleton
+import train
+from data import (COCO_SIGMAS, FLIP, MOSAIC, PLAIN, CocoPose, flatten, read_json,
+                  read_skeleton)
 from draw import (Log, html_image, html_page, html_table, report_page, svg_chart, svg_column, thin,
                   ticks)
 from evaluate import best_oks, extremes, keypoint_ap, quiet_coco, score
@@ -428,6 +430,41 @@ def test_a_finished_run_that_is_given_fewer_epochs_is_done(tmp_path, capsys):
     for evaluated, state in ((1, "stopped at step 9 of 5"), (2, "done"), (3, "done")):
         Log(args, 0, 5, 4, 40, ("cls",)).end(9, evaluated, 2, EarlyStopping(9), str(tmp_path))
         assert capsys.readouterr().out.startswith(state)
+
+
+def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path, capsys):
+    """Best after epoch 5; at 10, a patience of 2 would end it again at once."""
+    args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
+    for patience, evaluated, said in ((1, 10, "--patience 10"), (20, 25, "--patience 40"),
+                                      (9, 30, "done at step 30")):
+        stopper = EarlyStopping(patience)
+        stopper.update(0.5, 5)
+        log = Log(args, 0, 30, 4, 40, ("cls",))
+        log.end(evaluated, evaluated, 30, stopper, "a b")
+        out = capsys.readouterr().out
+        assert said in out and ("go on with --resume --out 'a b'" in out) == ("done" not in said)
+
+
+def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch, tmp_path):
+    args = train.parse_args(["--out", str(tmp_path)])
+    skeleton = Namespace(names=["nose"], flip=[0], sigmas=[0.05])
+    report = {"loaded": 9 * ["b"], "in part": ["a"], "skipped": []}
+    for env, augment, want, absent in (
+            ({}, FLIP, "python train.py", ("degrees", "hsv-gain", "contrast-range")),
+            ({"LOCAL_WORLD_SIZE": "2"}, MOSAIC, "torchrun --standalone --nproc-per-node 2 train.py",
+             ()),
+            ({"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}, PLAIN._replace(affine=1.0),
+             "torchrun --nnodes 3 ... --nproc-per-node 2 train.py", ("hsv-gain",))):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py"])
+            for name, value in env.items():
+                patch.setenv(name, value)
+            source = train.fill_recipe(args)
+            plan = draw.print_plan(args, source, report, Namespace(
+                skeleton=skeleton, augment=augment), (9, 9), (1, 16), (9, 0, 9, 0, 9), 0.1, "cpu")
+        assert f"command       {want}\n" in plan and not any(name in plan for name in absent)
+        assert ("degrees" in plan) == (augment.affine > 0)
+        assert "in part (rows of the names that both share) 1: a" in plan
 
 
 def test_the_oks_that_ranks_images_is_the_metrics():

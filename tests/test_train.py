@@ -269,7 +269,7 @@ def test_a_step_that_is_not_finite_leaves_the_model_as_it_was(small):
         assert torch.equal(t, before[name]), name
 
 
-def test_a_step_starts_few_operators(small):
+def test_a_step_starts_few_operators():
     """A GPU's CPU starts them one by one, at small images the longest part of a step."""
     parts = bench.step_parts(Namespace(model="n", amp="no", compile=False, batch_size=1,
                                        image_size=64, people=3), torch.device("cpu"))
@@ -585,7 +585,7 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
     with --auto-batch the flags are those of the start, so it does."""
     (tmp_path / "out_of_memory").write_text("2")
     args = Namespace(out=str(tmp_path), batch_size=4, accumulate=accumulate, auto_batch=auto,
-                     given=given, no_sync_bn=False)
+                     given=given, no_sync_bn=False, image_size=64, multi_scale=0, freeze={})
     assert cut_batch(args, {"global_batch": 8, "world_size": 1}, 1) == 8
     assert (args.batch_size, args.accumulate) == batch
 
@@ -593,7 +593,8 @@ def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumu
 def test_on_fewer_processes_a_given_micro_batch_is_the_limit_with_auto_batch_too(tmp_path):
     for given, batch in ((["batch_size"], (4, 8)), ([], (32, 1))):
         args = Namespace(out=str(tmp_path), batch_size=4, accumulate=1, auto_batch=True,
-                         given=given, no_sync_bn=False)
+                         given=given, no_sync_bn=False, image_size=64, multi_scale=0,
+                         freeze={})
         assert cut_batch(args, {"global_batch": 32, "world_size": 8}, 1) == 32
         assert (args.batch_size, args.accumulate) == batch
 
@@ -606,9 +607,24 @@ def test_norms_see_as_many_images_on_other_numbers_of_processes(tmp_path, before
     """Of all processes, or, with --no-sync-bn, of each: (batch size, micro-batches)."""
     for no_sync_bn, batch in ((False, synced), (True, alone)):
         args = Namespace(out=str(tmp_path), batch_size=before[1], accumulate=before[2], given=[],
-                         auto_batch=False, no_sync_bn=no_sync_bn)
+                         auto_batch=False, no_sync_bn=no_sync_bn, image_size=64, multi_scale=0,
+                         freeze={})
         assert cut_batch(args, {"global_batch": 480, "world_size": before[0]}, after) == 480
         assert (args.batch_size, args.accumulate) == batch
+
+
+@pytest.mark.parametrize("batch, processes, unsynced, size, gain, freeze, fine", [
+    (1, 1, None, 32, 0, {}, False), (1, 2, None, 32, 0, {}, True), (1, 2, True, 32, 0, {}, False),
+    (2, 1, None, 32, 0, {}, True), (1, 1, None, 64, 0.5, {}, False), (1, 1, None, 64, 0, {}, True),
+    (1, 1, None, 32, 0, {"bn": 0}, True), (1, 1, None, 32, 0, {"bn": 2}, False)])
+def test_a_norm_with_one_value_is_refused(batch, processes, unsynced, size, gain, freeze, fine):
+    args = Namespace(batch_size=batch, accumulate=1, no_sync_bn=unsynced, image_size=size,
+                     multi_scale=gain, freeze=freeze)
+    if fine:
+        assert cut_batch(args, None, processes) == batch * processes
+    else:
+        with pytest.raises(ValueError, match="leaves norms one value"):
+            cut_batch(args, None, processes)
 
 
 def test_a_run_whose_best_snapshots_are_gone_averages_those_there(tmp_path, capsys):
