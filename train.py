@@ -629,7 +629,7 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents
         if saved.get("contents", contents).get(what) != mark:  # older ones have none
             sys.exit(f"train.py: not the {what} of the run in {out}; give it its own, or start a "
                      f"new run in another --out")
-    end = parts["log"].total_steps if "log" in parts else math.inf
+    end = parts["log"].total_steps
     if saved["step"] > end:
         sys.exit(f"train.py: the run in {out} is at step {saved['step']} already, and would end at "
                  f"step {end} with these --epochs; give more")

@@ -563,8 +563,9 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
         run_here(monkeypatch, *resume, "--batch-size", 3)
     state = checkpoint(out, "previous.pt")
     with pytest.raises(SystemExit, match="has another network, loss or .* 'tracker'"):
-        t.take_up(dict(state), argparse.Namespace(step=0), {"tracker": torch.nn.Identity()}, "",
-                  state["contents"])
+        log = argparse.Namespace(total_steps=9, load_state_dict=lambda _: None)
+        parts = {"log": log, "tracker": torch.nn.Identity()}
+        t.take_up(dict(state), argparse.Namespace(step=0), parts, "", state["contents"])
     log = argparse.Namespace(total_steps=1)  # which is not touched
     with pytest.raises(SystemExit, match="step 3 already, and would end at step 1 with"):
         t.take_up(dict(state), None, {"log": log}, "", state["contents"])
