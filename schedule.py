@@ -235,20 +235,16 @@ def make_optimizer(kind: str, groups: list[dict], momentum: float) -> torch.opti
     raise ValueError(f"optimizer {kind!r} is unknown; add it to make_optimizer")
 
 
-def ema_decay(kind: str, decay: float, step: int, total_steps: int, beta: float = 50.0) -> float:
+def ema_decay(kind: str, decay: float, step: int, total_steps: int) -> float:
     """The EMA's decay (weight of the old average) at optimizer step `step`, counted from 1.
 
-    threshold  min(decay, (1 + step) / (10 + step)): soon forgets the early weights
-    exp        decay * (1 - exp(-beta * step / total_steps)): rises more slowly in a longer run
-    constant   decay
+    threshold soon forgets the early weights; exp rises more slowly in a longer run.
     """
-    if kind == "threshold":
-        return min(decay, (1 + step) / (10 + step))
-    if kind == "exp":
-        return decay * (1 - math.exp(-beta * step / total_steps))
-    if kind == "constant":
-        return decay
-    raise ValueError(f"EMA kind {kind!r} unknown; choose threshold, exp or constant")
+    decays = {"threshold": min(decay, (1 + step) / (10 + step)),
+              "exp": decay * (1 - math.exp(-50 * step / total_steps)), "constant": decay}
+    if kind not in decays:
+        raise ValueError(f"EMA kind {kind!r} unknown; choose {', '.join(decays)}")
+    return decays[kind]
 
 
 class EMA:
