@@ -36,10 +36,9 @@ def warmup_steps(text: str, images: int, global_batch: int) -> int:
     if text == "auto":
         steps = math.ceil(3 * images / global_batch) if images < 10_000 else 1000
         return max(steps, round(100 * math.log2(global_batch))) if global_batch > 256 else steps
-    epochs = text.endswith("e")
     try:
         number = float(text.removesuffix("e"))
-        return math.ceil(number * images / global_batch) if epochs else round(number)
+        return math.ceil(number * images / global_batch) if text.endswith("e") else round(number)
     except (ValueError, OverflowError):
         raise ValueError(f"--warmup {text}: expected steps (1000), epochs (3e) or auto") from None
 
