@@ -10,6 +10,7 @@ Cosine decay                                https://arxiv.org/abs/1608.03983
 import argparse
 import copy
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -135,16 +136,17 @@ def make_plan(args: argparse.Namespace, images: int,
     if not args.resume and set(args.save_epochs) - set(ends.values()):
         raise ValueError(f"--save-epochs {args.save_epochs}: some of these do not end "
                          f"with a step (which may span several); choose others up to {args.epochs}")
-    total, warmup = max(ends), warmup_steps(args.warmup, images, global_batch)
+    total, cycles = max(ends), args.restarts + 1
+    warmup = warmup_steps(args.warmup, images, global_batch)
     if args.warmup == "auto":
-        warmup = min(warmup, total // (args.restarts + 1) // 2)  # at most half a cycle
-    if not 0 <= warmup < total / (args.restarts + 1):
+        warmup = min(warmup, total // cycles // 2)  # at most half a cycle
+    if not 0 <= warmup < total / cycles:
         raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total} with "
                          f"{args.restarts} restarts; choose fewer, or train longer")
-    drops, cycle = [epoch * images / global_batch for epoch in args.lr_steps], args.restarts + 1
-    if args.schedule == "step" and not args.resume and not any(x < total / cycle for x in drops):
+    drops = [epoch * images / global_batch for epoch in args.lr_steps]
+    if args.schedule == "step" and not args.resume and not any(x < total / cycles for x in drops):
         raise ValueError(f"--schedule step: the rate never drops; --lr-steps {args.lr_steps} must "
-                         f"have an epoch below {args.epochs / cycle:g}")
+                         f"have an epoch below {args.epochs / cycles:g}")
     return ends, Plan(total, warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
                       args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
 
@@ -157,16 +159,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupE
     The groups' lr (when resuming, their initial_lr) is the peak. In the first warmup, biases start
     at bias_ratio times it, if given, and warmup_mult's factors, which rise to 1, slow parts.
     """
-    def of_group(group: dict):
-        def share(step: int) -> float:
-            now = plan._replace(warmup=warmup.end)
-            value, done = lr_share(step, now), ramp(step, now)
-            if bias_ratio is not None and group["bias"] and step < now.warmup:
-                value = bias_ratio + (1 - bias_ratio) * done
-            slow = warmup_mult.get(group["part"], 1.0)
-            return value * (slow + (1 - slow) * done)
-        return share
-    return LambdaLR(optimizer, [of_group(group) for group in optimizer.param_groups], step - 1)
+    def share(group: dict, step: int) -> float:
+        now = plan._replace(warmup=warmup.end)
+        value, done = lr_share(step, now), ramp(step, now)
+        if bias_ratio is not None and group["bias"] and step < now.warmup:
+            value = bias_ratio + (1 - bias_ratio) * done
+        slow = warmup_mult.get(group["part"], 1.0)
+        return value * (slow + (1 - slow) * done)
+    return LambdaLR(optimizer, [partial(share, g) for g in optimizer.param_groups], step - 1)
 
 
 def momentum_at(plan: Plan, warmup: WarmupEnd, step: int, start: float | None,
