@@ -163,6 +163,7 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
                    for x, y in points if math.isfinite(x) and math.isfinite(y)] or [(1, 0)])
     start, end = (min(xs), max(*xs, min(xs) + 1)) if log2_x else with_zero(min(xs), max(xs))
     y_ticks = ticks(*with_zero(min(ys), max(ys)), outer=True)
+    x_ticks = [2 ** x for x in ticks(start, end) if x % 1 == 0] if log2_x else ticks(start, end)
 
     def place(x: float, y: float) -> tuple[str, str]:
         across = (bend(x) - start) / (end - start)
@@ -174,10 +175,7 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
         _, at = place(1, y)
         parts.append(f'<line class="grid" x1="{left}" y1="{at}" x2="{right}" y2="{at}"/>'
                      f'<text x="{left - 7}" y="{at}" dy="4" text-anchor="end">{short(y)}</text>')
-    for x in ticks(start, end):
-        if log2_x and x % 1:
-            continue
-        x = 2 ** x if log2_x else x
+    for x in x_ticks:
         at, _ = place(x, 0)
         parts.append(f'<text x="{at}" y="{bottom + 17}" text-anchor="middle">{short(x)}</text>')
     most = width // 7 - 8  # letters of a name
