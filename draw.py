@@ -351,18 +351,18 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
         best = next((line for line in reversed(lines) if "best" in line), {})
         last = next((line for line in reversed(lines) if "loss" in line), {})
         terms |= dict.fromkeys(name for name in last if name not in ("step", "epoch", *PACE))
-        rows.append([run, best.get("AP", ""), best.get("OKS", ""), best.get("epoch", ""),
-                     lines[-1]["step"], last.get("epoch", ""), last.get("loss", ""),
-                     max(line.get("skipped", 0) for line in lines)])
-    header = "run,best AP,its OKS,after epoch,steps,epochs,last loss,skipped steps".split(",")
-    parts = [html_table(header, rows),
+        rows.append({"run": run, "best AP": best.get("AP", ""), "its OKS": best.get("OKS", ""),
+                     "after epoch": best.get("epoch", ""), "steps": lines[-1]["step"],
+                     "epochs": last.get("epoch", ""), "last loss": last.get("loss", ""),
+                     "skipped steps": max(line.get("skipped", 0) for line in lines)})
+    parts = [html_table(list(rows[0]), [list(row.values()) for row in rows]),
              "<p>Curves over optimizer steps; a long one shows means of neighbors.</p>"]
-    charts = {heading: "".join(number_chart(runs, name) for name in names) for heading, names in (
-        ("Evaluation", EVALUATED), ("Loss", terms), ("Optimizer and machine", PACE))}
-    for heading, pictures in {**charts, "Validation images": "".join(figures)}.items():
-        if pictures:
+    names = {"Evaluation": EVALUATED, "Loss": terms, "Optimizer and machine": PACE}
+    charts = {heading: [number_chart(runs, name) for name in names[heading]] for heading in names}
+    for heading, pictures in {**charts, "Validation images": figures}.items():
+        if any(pictures):
             parts.append(f"<h2>{heading}</h2><p>{NOTES.get(heading, '')}</p>"
-                         f'<div class="charts">{pictures}</div>')
+                         f'<div class="charts">{"".join(pictures)}</div>')
     parts += ["<h2>Numbers</h2>", *(log_tables(run, lines) for run, lines in runs.items())]
     for i, start in enumerate(reversed(starts)):
         heading = "An earlier start" if i else "Command and plan"
