@@ -225,10 +225,10 @@ def html_table(header: list[str], rows: list[list]) -> str:
     return f'<div class="table" tabindex="0"><table>{"".join(lines)}</table></div>'
 
 
-def html_image(image: Image.Image, alt: str, most: int = 720) -> str:
-    """An image embedded in the page, at most `most` px a side, with alt as its caption."""
+def html_image(image: Image.Image, alt: str) -> str:
+    """An image embedded in the page, at most 720 px a side, with alt as its caption."""
     image, file, alt = image.convert("RGB"), io.BytesIO(), escape(alt)
-    image.thumbnail((most, most))
+    image.thumbnail((720, 720))
     image.save(file, "JPEG", quality=85)
     return (f'<figure><img alt="{alt}" width="{image.width}" height="{image.height}" '
             f'src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
@@ -304,21 +304,21 @@ def read_log(folder: str) -> list[dict]:
     return lines
 
 
-def thin(points: list[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
-    """At most `most` points: a longer curve becomes means of equal stretches. Breaks are kept."""
-    size = math.ceil(len(points) / most) or 1
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most 300 points: a longer curve becomes means of equal stretches. Breaks are kept."""
+    size = math.ceil(len(points) / 300) or 1
     parts = [points[i:i + size] for i in range(0, len(points), size)]
     return [tuple(sum(values) / len(part) for values in zip(*part)) for part in parts]
 
 
 def number_chart(runs: dict[str, list[dict]], name: str) -> str:
     """A chart of one logged number by step, or "" if no run has it. Runs keep their colors."""
-    curves = {run: [(line["step"], math.nan if line[name] == -1 else line[name])  # -1: no people
-                    for line in lines if name in line and "average of" not in line]
-              for run, lines in runs.items()}
-    title = PACE.get(name, name)
-    series = {run if len(runs) > 1 else title: thin(points) for run, points in curves.items()}
-    return svg_chart(series, title) if any(curves.values()) else ""
+    title, series = PACE.get(name, name), {}
+    for run, lines in runs.items():
+        points = [(line["step"], math.nan if line[name] == -1 else line[name])  # -1: no people
+                  for line in lines if name in line and "average of" not in line]
+        series[run if len(runs) > 1 else title] = thin(points)
+    return svg_chart(series, title) if any(series.values()) else ""
 
 
 def dict_table(rows: list[dict]) -> str:
@@ -598,11 +598,12 @@ def main() -> None:
     args = p.parse_args()
     if not args.out.endswith(".html"):
         p.error(f"--out {args.out} must end in .html")
-    begun = [run for run in args.runs if os.path.isfile(os.path.join(run, "log.jsonl"))]
-    for run in [run for run in args.runs if run not in begun] if begun else ():
+    logs = [run for run in args.runs if os.path.isfile(os.path.join(run, "log.jsonl"))]
+    begun = logs or args.runs  # without any log, read_log says what is missing
+    for run in [run for run in args.runs if run not in begun]:
         print(f"{run} has no log.jsonl; left out", file=sys.stderr)
     try:
-        runs = {run: read_log(run) for run in begun or args.runs}
+        runs = {run: read_log(run) for run in begun}
         write_text(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))
     except (ValueError, OSError) as error:
         sys.exit(f"draw.py: {error}")
