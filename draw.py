@@ -572,8 +572,8 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     pairs = [f"{skeleton.names[i]}-{skeleton.names[j]}"
              for i, j in enumerate(skeleton.flip) if i < j]
     shown = ", ".join(pairs if len(pairs) < 5 else [pairs[0], "...", pairs[-1]])
-    scaled = f" from {args.lr:.2e} for {args.lr_batch} images a step, scaling {args.lr_scale}"
-    scaled = scaled if args.lr_scale != "none" else ""
+    scaled = "" if args.lr_scale == "none" else (
+        f" from {args.lr:.2e} for {args.lr_batch} images a step, scaling {args.lr_scale}")
     lines.append(
         f"keypoints     {len(skeleton.names)}, sigmas {min(skeleton.sigmas)} to "
         f"{max(skeleton.sigmas)} of sqrt(area); a mirror exchanges {shown or 'nothing'}\n"
