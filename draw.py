@@ -55,14 +55,13 @@ NOTES = {"Loss": "Rises while the keypoint tolerance narrows (--sigma-epochs): w
 
 def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, names: list[str],
                 edges: list[list[int]], scores: Sequence[float] | None = None,
-                flip: list[int] | None = None, min_score: float = 0.3,
-                least: int = 480) -> Image.Image:
+                flip: list[int] | None = None, least: int = 480) -> Image.Image:
     """Copy the image and draw a skeleton and box per person: left orange, right blue, else green.
 
     The copy is enlarged if its longer side is under `least` px, or details would be lost. In a
     pair of flip (Skeleton.flip) that is not named left and right, the first counts as left.
     boxes (M, 4) and keypoints (M, K, 3) in px. A keypoint's third number is its visibility (labels:
-    0 is not drawn, 1 is hollow) or, if scores (M,) are given, its score: shown above min_score.
+    0 is not drawn, 1 is hollow) or, if scores (M,) are given, its score: shown above 0.3.
     """
     zoom = max(1, least / max(image.size))
     image = image.convert("RGB").resize([max(round(zoom * side), 1) for side in image.size])
@@ -76,7 +75,7 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
         right = names[i].startswith("right") or i != j
         colors.append(LEFT if left else RIGHT if right else MIDDLE)
     for i, ((x1, y1, x2, y2), person) in enumerate(zip(boxes.tolist(), keypoints)):
-        seen = person[:, 2] > (0 if scores is None else min_score)
+        seen = person[:, 2] > (0 if scores is None else 0.3)
         lines = [([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], BOX if seen.any() else IGNORED)]
         lines += [([*person[a, :2], *person[b, :2]], colors[b if colors[a] == MIDDLE else a])
                   for a, b in edges if seen[a] and seen[b]]
