@@ -13,6 +13,7 @@ Names   attributes are named as in the official checkpoints, so that these load 
 
 Papers  RepVGG, three branches that fold into one     https://arxiv.org/abs/2101.03697
         QARepVGG, the norm after the sum              https://arxiv.org/abs/2212.01593
+        spatial pyramid pooling                       https://arxiv.org/abs/1406.4729
         distances as distributions (GFL)              https://arxiv.org/abs/2006.04388
 """
 import math
@@ -163,10 +164,7 @@ class CSPLayer(nn.Module):
 
 
 class SPP(nn.Module):
-    """Spatial pyramid pooling: max over windows of 5, 9 and 13 cells. (B, C, H, W) -> the same.
-
-    https://arxiv.org/abs/1406.4729
-    """
+    """Spatial pyramid pooling: max over windows of 5, 9 and 13 cells. (B, C, H, W) -> the same."""
 
     def __init__(self, channels: int):
         super().__init__()
