@@ -347,7 +347,6 @@ class YoloNasPose(nn.Module):
         if size not in SIZES:
             raise ValueError(f"size {size!r} unknown; choose one of {', '.join(SIZES)}")
         row = SIZES[size]
-        self.num_keypoints = num_keypoints
         self.backbone = Backbone(row)
         self.neck = Neck(row)
         levels = [row.neck[i][0] for i in (1, 2, 3)]
@@ -362,14 +361,13 @@ class YoloNasPose(nn.Module):
                 module.momentum = row.bn_momentum
 
     def forward(self, images: Tensor) -> RawOutput:
-        b, k = images.shape[0], self.num_keypoints  # len() would make b a constant in an export
         levels = self.neck(*self.backbone(images))
         maps = [head(x) for head, x in zip(self.heads.values(), levels)]
         cls, box, pose = (torch.cat([m.flatten(2) for m in kind], dim=2).transpose(1, 2)
                           for kind in zip(*maps))                        # (B, A, c) each
         centers, strides = make_anchors(*images.shape[2:], images.device)
         mask = F.pixel_shuffle(self.mask(levels[0]), 4)[:, 0] if self.mask else None
-        return RawOutput(cls[..., 0], box.reshape(b, -1, 4, BINS), pose.reshape(b, -1, k, 2),
+        return RawOutput(cls[..., 0], box.unflatten(2, (4, BINS)), pose.unflatten(2, (-1, 2)),
                          cls[..., 1:], centers, strides, mask)
 
     @torch.no_grad()
