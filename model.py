@@ -158,9 +158,8 @@ class CSPLayer(nn.Module):
         deep = [self.conv1(x)]                                           # (B, hidden, H, W)
         for bottleneck in self.bottlenecks:
             deep.append(bottleneck(deep[-1]))                            # (B, hidden, H, W)
-        if not self.keep_all:
-            deep = deep[-1:]
-        return self.conv3(torch.cat([*deep, self.conv2(x)], dim=1))      # (B, c_out, H, W)
+        kept = deep if self.keep_all else deep[-1:]
+        return self.conv3(torch.cat([*kept, self.conv2(x)], dim=1))      # (B, c_out, H, W)
 
 
 class SPP(nn.Module):
