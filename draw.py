@@ -468,13 +468,13 @@ class Log:
         if self.figures:
             self.report([])
         best, epoch = stopper.best, stopper.best_epoch
-        state = ("done" if step >= self.total_steps and evaluated >= last else
-                 "stopped early (--patience)" if stopper.over(evaluated) else "stopped")
-        longer = f" --patience {2 * max(stopper.patience, evaluated - epoch)}"
+        done, early = step >= self.total_steps and evaluated >= last, stopper.over(evaluated)
+        state = "done" if done else "stopped early (--patience)" if early else "stopped"
+        longer = f" --patience {2 * max(stopper.patience, evaluated - epoch)}" if early else ""
         ap = f"best AP {best:.4f}" if best > 0 else f"AP 0.001 or less, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
-        more = (f"; go on with --resume --out {shlex.quote(out)}{longer * ('early' in state)}"
-                if self.path and state != "done" else "")
+        more = (f"; go on with --resume --out {shlex.quote(out)}{longer}"
+                if self.path and not done else "")
         say(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:
