@@ -112,10 +112,8 @@ def score(truth: COCO, by_image: dict[int, list[dict]], sigmas: Sequence[float])
     """
     results = [dict(r) for found in by_image.values() for r in found]  # loadRes adds keys to them
     with contextlib.redirect_stdout(None):  # pycocotools prints as it goes
-        if results:
-            found = truth.loadRes(results)
-        else:  # loadRes fails on an empty list, which is normal in a first epoch
-            found = quiet_coco({**truth.dataset, "annotations": []})
+        # loadRes fails on an empty list, which is normal in a first epoch
+        found = truth.loadRes(results) if results else COCO()
         scorer = COCOeval(truth, found, "keypoints")
         scorer.params.imgIds = sorted(by_image)
         scorer.params.kpt_oks_sigmas = np.asarray(sigmas)
