@@ -135,14 +135,11 @@ def best_oks(scorer: COCOeval) -> dict[int, list[float]]:
 
 def keypoint_ap(truth: COCO, by_image: dict[int, list[dict]],
                 sigmas: Sequence[float]) -> dict[str, float]:
-    """COCO's ten keypoint metrics; and OKS, the mean of best_oks, which says more than AP while AP
-    is near 0.
-
-    -1 means that there is no labeled person of that size.
-    """
+    """COCO's ten keypoint metrics, -1 if nobody of that size is labeled; and OKS, the mean of
+    best_oks, which says more than AP while AP is near 0."""
     scorer = score(truth, by_image, sigmas)
-    best = [oks for values in best_oks(scorer).values() for oks in values]
-    return dict(zip(METRICS, [*map(float, scorer.stats), float(np.mean(best or [-1]))]))
+    best = [oks for values in best_oks(scorer).values() for oks in values] or [-1]
+    return dict(zip(METRICS, [*scorer.stats.tolist(), float(np.mean(best))]))
 
 
 def people_in(out: Decoded, b: int, matrix: np.ndarray, conf: float, iou: float = 0.7,
