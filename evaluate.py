@@ -497,9 +497,8 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
         raise ValueError(f"{path} holds another network, or another size of it: "
                          f"{str(error).splitlines()[-1].strip()}") from None
     if "skeleton" not in file:
-        category = {"keypoints": COCO_NAMES, "skeleton": COCO_EDGES}
-        if k != len(COCO_NAMES):
-            category = {"keypoints": [f"keypoint_{i + 1}" for i in range(k)]}
+        category = ({"keypoints": COCO_NAMES, "skeleton": COCO_EDGES} if k == len(COCO_NAMES) else
+                    {"keypoints": [f"keypoint_{i + 1}" for i in range(k)]})
         file["skeleton"] = read_skeleton({"categories": [category]})._asdict()
     file["image_size"] = image_size or args.get("image_size", 640)
     file["pad"] = pad or args.get("val_pad", "bottom_right")
