@@ -246,15 +246,14 @@ def main() -> None:
             train_set, _ = open_split(*path, file)
             train_set.spare = 10  # broken images are replaced, as in training
             ranges = pixels(train_set, 32)
-        folder = tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {error}")
     images = some[:2] + [torch.cat(some[i:i + 3]) for i in range(2, len(some), 3)]
     images += [F.pad(image, (0, 32, 0, 64)) for image in images]  # another size, and not square
     meta = {**file["skeleton"], "image_size": size, "pad": file["pad"], "conf": args.conf,
             "iou": args.iou, "pre": 300, "post": 20}
-    with folder:
-        written = os.path.join(folder.name, f"float.{args.format}")
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".") as folder:
+        written = os.path.join(folder, f"float.{args.format}")
         write(model.fuse(), written, meta)
         px, score = largest_difference(Exported(model), open_file(written), images)
         print(f"largest difference from PyTorch: {px:.1e} px, {score:.1e} in scores; "
@@ -263,7 +262,7 @@ def main() -> None:
         if not (px <= LARGEST[0] and score <= LARGEST[1]):
             sys.exit(f"export.py: more than {LARGEST[0]} px or {LARGEST[1]}, so nothing is written")
         if args.int8:
-            files = [written, os.path.join(folder.name, "int8.onnx")]
+            files = [written, os.path.join(folder, "int8.onnx")]
             to_int8(*files, ranges, file["skeleton"]["sigmas"])
             for written in files:
                 try:
