@@ -170,16 +170,16 @@ def quantize(path: str, out: str, images: list[Tensor], nodes: list[str]) -> Non
 def to_int8(path: str, out: str, images: list[Tensor], sigmas: list[float]) -> None:
     """Write `out`: path in int8, except for parts that each cost more than TOLERANCE alone."""
     import onnx
-    run, kept, floats = open_file(path), [], []
-    wanted = [run(image) for image in images]
+    wanted, kept, floats = list(map(open_file(path), images)), [], []
     for part, nodes in parts_of(path).items():
         quantize(path, out, images, nodes)
         miss, shift = cost(open_file(out), wanted, images, sigmas).tolist()
-        sensitive = not (miss <= TOLERANCE[0] and shift <= TOLERANCE[1])
-        kept += [] if sensitive else nodes
-        floats += [part] * sensitive
+        if cheap := miss <= TOLERANCE[0] and shift <= TOLERANCE[1]:
+            kept += nodes
+        else:
+            floats.append(part)
         print(f"{part:24} alone in int8: 1 - OKS {miss:.4f}, scores {shift:.4f}"
-              + ", stays in float" * sensitive, flush=True)
+              f"{'' if cheap else ', stays in float'}", flush=True)
     if not kept:  # quantize would take [] for all nodes
         sys.exit("export.py: every part would cost too much in int8; nothing is written")
     quantize(path, out, images, kept)
