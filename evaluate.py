@@ -46,8 +46,9 @@ KEYPOINT_NUMBERS = ("OKS", "PCK", "good", "jitter", "inversion", "swap", "miss")
 KINDS = ("best", "score", "duplicate", "background")  # of detections
 FOUND = 0.1      # OKS from which a person counts as found
 PCK_SHARE = 0.1  # of the longer side of the box: https://doi.org/10.1109/TPAMI.2012.261
-GROUPS = {"people in the image": (("1", 0, 1), ("2", 1, 2), ("3 to 5", 2, 5),
-                                  ("6 or more", 5, math.inf)),
+GROUPS = {"images": (("all", -1, math.inf), ("with labeled people", 0, math.inf)),
+          "people in the image": (("1", 0, 1), ("2", 1, 2), ("3 to 5", 2, 5),
+                                  ("6 or more", 5, math.inf)),  # low < n <= high
           "crowding": (("easy", -1, 0.1), ("medium", 0.1, 0.8), ("hard", 0.8, 1))}
 
 
@@ -416,22 +417,21 @@ def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) 
     errors     how many of each kind, and the AP of results without them
     """
     scorer, cases = score(truth, by_image, skeleton.sigmas), {}
+    category_id = truth.dataset["categories"][0]["id"]
     passed = {e["image_id"]: e["dtIgnore"][0] for e in scorer.evalImgs[:len(by_image)] if e}
     for i, found in by_image.items():  # evalImgs begins with all sizes, dtIgnore with OKS 0.5
         results = sorted(found, key=lambda r: -r["score"])[:20]
-        people = [a for a in scorer._gts[i, truth.dataset["categories"][0]["id"]]
-                  if not a["ignore"]]
-        cases[i] = diagnose(results, people, passed.get(i, np.zeros(len(results))), skeleton)
-    values = {"people in the image": {i: len(case.people) for i, case in cases.items()},
+        labeled = [a for a in scorer._gts[i, category_id] if not a["ignore"]]
+        cases[i] = diagnose(results, labeled, passed.get(i, []), skeleton)
+    people = {i: len(case.people) for i, case in cases.items()}
+    values = {"images": people, "people in the image": people,
               "crowding": {i: crowd_index(c.people) for i, c in cases.items() if c.people}}
-    groups = [("images", "all", list(cases)),
-              ("images", "with labeled people", list(values["crowding"]))]
-    groups += [(group, name, [i for i, value in values[group].items() if low < value <= high])
-               for group, classes in GROUPS.items() for name, low, high in classes]
+    groups = [(group, name, [i for i, value in values[group].items() if low < value <= high])
+              for group, classes in GROUPS.items() for name, low, high in classes]
     stats = [keypoint_ap(truth, {i: by_image[i] for i in ids}, skeleton.sigmas) if ids else
              dict.fromkeys(METRICS, -1.0) for *_, ids in groups]
     scores = [{"group": group, "which": name, "images": len(ids),
-               "people": sum(len(cases[i].people) for i in ids)}
+               "people": sum(people[i] for i in ids)}
               | {metric: part[metric] for metric in ("AP", "AP50", "AP75", "AR")}
               for (group, name, ids), part in zip(groups, stats)]
     areas = np.array([p["area"] for case in cases.values() for p in case.people])
