@@ -554,10 +554,8 @@ def numbers(text: str) -> list[float]:
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, conf: float,
           batch_size: int) -> argparse.Namespace:
-    """Read the command line: p's flags, and those shared with predict.py and export.py.
-
-    conf and batch_size: defaults. Exits with code 2 and one line of advice if a value cannot work.
-    """
+    """Read p's flags, and those that evaluate, predict and export share; conf and batch_size are
+    defaults. Exits with code 2 and one line of advice if a value cannot work."""
     add, p.usage = p.add_argument, p.usage or "%(prog)s [flags]"
     add("--weights", required=True, metavar="FILE", help="checkpoint of train.py, or official")
     add("--model", choices=[*SIZES], help="size, for an official checkpoint")
