@@ -235,20 +235,17 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
         shape = ann.get("segmentation")
         if ann["iscrowd"] or not shape:
             continue
-        runs = isinstance(shape, dict) and shape.get("size") == size and shape.get("counts")
+        runs = shape.get("counts") if isinstance(shape, dict) and shape.get("size") == size else None
+        runs = runs_of(runs) if isinstance(runs, str) else runs
         polygons = isinstance(shape, list) and all(
             isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
                 isinstance(v, (int, float)) and abs(v) < 1e6 for v in p) for p in shape)
-        lengths = runs_of(runs) if isinstance(runs, str) else runs  # pycocotools trusts their sum
-        fits = isinstance(lengths, list) and size[0] * size[1] == sum(
-            v if isinstance(v, int) and v >= 0 else math.inf for v in lengths)
-        if fits and isinstance(runs, str):
-            parts.append(shape)
-        elif fits or polygons:
-            parts += coco_mask.frPyObjects(shape if polygons else [shape], *size)
-        else:
+        fits = isinstance(runs, list) and size[0] * size[1] == sum(  # pycocotools trusts it
+            v if isinstance(v, int) and v >= 0 else math.inf for v in runs)
+        if not fits and not polygons:
             raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
                              f"polygons or run lengths of {size[0]} x {size[1]} px; fix it")
+        parts += coco_mask.frPyObjects([{"size": size, "counts": runs}] if fits else shape, *size)
     return coco_mask.merge(parts)["counts"] if parts else b""
 
 
