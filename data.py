@@ -147,8 +147,7 @@ def faults(coco: dict) -> Iterator[str]:
                f"\"keypoints\", or use person_keypoints_*.json, not COCO's instances_*.json")
     images = {image["id"] for image in coco["images"]}
     for ann in coco["annotations"]:
-        wrong = wrong_with(ann, images, named[0])
-        if wrong:
+        if wrong := wrong_with(ann, images, named[0]):
             yield f"annotation {ann['id']} has {wrong}; fix or remove it"
     points = (v for ann in coco["annotations"] for i, v in enumerate(ann.get("keypoints") or [])
               if i % 3 < 2)
@@ -162,7 +161,7 @@ def faults(coco: dict) -> Iterator[str]:
 def wrong_with(ann: dict, images: set[int], category: dict) -> str:
     """What is wrong with an annotation of a file with these image ids and this category, or ""."""
     numbers = 3 * len(category["keypoints"])
-    bbox, keypoints = ann["bbox"], ann.get("keypoints") or [0] * numbers
+    bbox, area, keypoints = ann["bbox"], ann.get("area") or 0, ann.get("keypoints") or [0] * numbers
     try:
         if ann["image_id"] not in images:
             return f"image {ann['image_id']}, which is not in the file"
@@ -171,8 +170,8 @@ def wrong_with(ann: dict, images: set[int], category: dict) -> str:
                     f"category with keypoint names")
         if len(keypoints) != numbers:
             return f"{len(keypoints)} keypoint numbers, expected {numbers} (x, y, v for each name)"
-        if not (math.isfinite(sum(bbox) + sum(keypoints) + (ann.get("area") or 0))
-                and max(map(abs, [*bbox, *keypoints])) < 1e9 and (ann.get("area") or 0) <= 1e10
+        if not (math.isfinite(sum(bbox) + sum(keypoints) + area) and area <= 1e10
+                and max(map(abs, [*bbox, *keypoints])) < 1e9
                 and len(bbox) == 4 and min(bbox[2:]) >= 0):
             return (f"bbox {bbox}, area {ann.get('area')}, and keypoints; expected finite numbers "
                     f"everywhere (0, 0, 0 for a missing keypoint), in bbox 4: x, y, and a size "
