@@ -122,17 +122,14 @@ def faults(coco: dict) -> Iterator[str]:
                 yield f"{what}: found {str(record)[:60]}, expected a record {{...}}"
             for key, kind in kinds.items():
                 value = record.get(key)
-                if not isinstance(value, kind) or kind is int and abs(value) >= 2**53:
+                if (not isinstance(value, kind) or kind is int and abs(value) >= 2**53
+                        or kind is Number and not 1 <= value <= 100_000):
                     where = str(record)[:80] if key == "id" else f"id {record['id']}"
                     yield (f"{what}: {key} {str(record.get(key, 'is missing'))[:40]} in {where}, "
-                           f"expected {key} of type {kind.__name__.lower()}; fix or remove the "
-                           f"record")
-                if kind is Number and not 1 <= value <= 100_000:
-                    yield (f"{what}: {key} {str(value)[:40]} of image {record['id']}, expected 1 "
-                           f"to 100000 px; fix its record")
+                           f"expected {'1 to 100000 px' if kind is Number else key} of type "
+                           f"{kind.__name__.lower()}; fix or remove the record")
             if record["id"] in seen:
-                yield (f"{what}: id {record['id']} is there twice; remove the copy, or give other "
-                       f"ids to what was merged")
+                yield f"{what}: id {record['id']} is there twice; remove the copy, or renumber it"
             seen.add(record["id"])
     named = [category for category in coco["categories"] if category.get("keypoints")]
     if len(named) > 1:
