@@ -779,13 +779,12 @@ def collate(samples: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
     """Images (B, 3, S, S) uint8 and targets: boxes (B, M, 4), keypoints (B, M, K, 3), crowd (B, M),
     image_id (B,), matrix (B, 2, 3), mask (B, S/2, S/2) if there is one, and the list `bad`.
     M is the batch's largest number of people, at least 1; rows without a person are 0."""
-    targets = {"bad": [error for s in samples for error in s["bad"]],
-               "image_id": torch.tensor([s["image_id"] for s in samples])}
+    targets = {"bad": [error for s in samples for error in s["bad"]]}
     for name in ("boxes", "keypoints", "crowd"):
         rows = [torch.from_numpy(s[name]) for s in samples]
         rows.append(rows[0].new_zeros(1, *rows[0].shape[1:]))  # makes M at least 1
         targets[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)[:-1]        # (B, M, ...)
-    for name in ("matrix", "mask"):
+    for name in ("image_id", "matrix", "mask"):
         if name in samples[0]:
             targets[name] = torch.from_numpy(np.stack([s[name] for s in samples]))
     images = torch.stack([torch.from_numpy(s["image"]).permute(2, 0, 1) for s in samples])
