@@ -315,7 +315,7 @@ def describe(dataset: "CocoPose") -> list[str]:
     """Lines that describe a data set and its flaws before training. Opens about 1000 images."""
     a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
     labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
-    people = labeled.any(1) & ~a.crowd                                            # (T,)
+    people, unlabeled = labeled.any(1) & ~a.crowd, ~labeled.any(1) & ~a.crowd    # (T,), (T,)
     image = np.repeat(np.arange(len(a.ids)), np.diff(a.offsets))                  # (T,)
     wide_high = a.boxes[:, 2:] - a.boxes[:, :2]                                   # (T, 2) px
     side = np.sqrt(wide_high.prod(1)) * size / a.sizes[image].max(1)              # (T,) px
@@ -335,7 +335,7 @@ def describe(dataset: "CocoPose") -> list[str]:
               "boxes that their image has twice": np.delete(image, first),
               "boxes beyond their image (bbox is x, y, width, height)": image[over],
               "people without keypoints and box, taken for background": image[
-                  ~labeled.any(1) & ~a.crowd & (side == 0)],
+                  unlabeled & (side == 0)],
               "people with a keypoint outside the image, taken for not labeled": image[
                   outside.any(1)],
               "people with a labeled keypoint at 0, 0: is it missing, with v 0?": image[
@@ -347,9 +347,9 @@ def describe(dataset: "CocoPose") -> list[str]:
               "broken images": broken}
     shares = labeled[people].sum(0) / max(people.sum(), 1)                        # (K,)
     few, middle, many = np.quantile(side[people] if people.any() else [0], [0.05, 0.5, 0.95])
-    return [f"people        {people.sum()} labeled, {(~labeled.any(1) & ~a.crowd).sum()} without "
-            f"keypoints, {a.crowd.sum()} crowds; "
-            f"{len(a.ids) - len(np.unique(image[people]))} images show nobody labeled",
+    return [f"people        {people.sum()} labeled, {unlabeled.sum()} without keypoints, "
+            f"{a.crowd.sum()} crowds; {len(a.ids) - len(np.unique(image[people]))} images show "
+            f"nobody labeled",
             "labeled       " + ", ".join(f"{n} {s:.0%}" for n, s in zip(names, shares)),
             f"box sides     {few:.0f}, {middle:.0f}, {many:.0f} px at {size} px (5, 50, 95 % of "
             f"the people; the root of the area)",
