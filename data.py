@@ -231,7 +231,7 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
         shape = ann.get("segmentation")
         if ann["iscrowd"] or not shape:
             continue
-        runs = shape.get("counts") if isinstance(shape, dict) and shape.get("size") == size else None
+        runs = isinstance(shape, dict) and shape.get("size") == size and shape.get("counts")
         runs = runs_of(runs) if isinstance(runs, str) else runs
         polygons = isinstance(shape, list) and all(
             isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(
