@@ -241,7 +241,11 @@ def pixels_of(people: list[dict], image: dict) -> bytes:
         if not fits and not polygons:
             raise ValueError(f"annotation {ann['id']}: segmentation {str(shape)[:60]}, expected "
                              f"polygons or run lengths of {size[0]} x {size[1]} px; fix it")
-        parts += coco_mask.frPyObjects([{"size": size, "counts": runs}] if fits else shape, *size)
+        if fits:  # by numpy: runs of 0 would make pycocotools' merge endless
+            pixels = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
+            parts.append(coco_mask.encode(pixels.reshape(size, order="F")))
+        else:
+            parts += coco_mask.frPyObjects(shape, *size)
     return coco_mask.merge(parts)["counts"] if parts else b""
 
 

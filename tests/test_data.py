@@ -436,6 +436,12 @@ def test_masks_reach_the_batch_and_odd_shapes_are_refused(tmp_path):
         assert data.runs_of(text["counts"]) == np.diff([0, *changes, pixels.size]).tolist()
         coco["annotations"][0]["segmentation"] = text
         flatten(coco, masks=True)
+    for counts, same in (([3, 0, 7], [10]), ([0, 4, 0, 0, 0, 6], [0, 10])):  # runs of nothing
+        long, short = ([{"id": 1, "iscrowd": 0, "segmentation": {"size": [5, 2], "counts": c}}]
+                       for c in (counts, same))
+        image = {"height": 5, "width": 2}
+        other = [{**short[0], "segmentation": {"size": [5, 2], "counts": [2, 5, 3]}}]
+        assert data.pixels_of(2 * long + other, image) == data.pixels_of(short + other, image)
     for ann in coco["annotations"]:
         del ann["segmentation"]
     with pytest.raises(ValueError, match="no annotation has a segmentation"):
