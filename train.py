@@ -243,15 +243,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name, kind, default, text in rows:
             default = "the recipe's" if name.replace("-", "_") in RECIPES["n"] else default
             text += "" if kind is bool or default in (None, {}, []) else f"; default: {default}"
-            if kind is bool:
-                group.add_argument(f"--{name}", action="store_true", default=None, help=text)
-            elif isinstance(kind, tuple):
-                group.add_argument(f"--{name}", choices=kind, help=text)
-            else:
-                group.add_argument(f"--{name}", type=kind, help=text, metavar=METAVARS[kind])
+            how = ({"action": "store_true", "default": None} if kind is bool else
+                   {"choices": kind} if isinstance(kind, tuple) else
+                   {"type": kind, "metavar": METAVARS[kind]})
+            group.add_argument(f"--{name}", help=text, **how)
     args = p.parse_args(argv)
-    args.given = sorted(name for name, value in vars(args).items() if value is not None)
-    values = {name: getattr(args, name) for name in args.given}
+    values = {name: value for name, value in sorted(vars(args).items()) if value is not None}
+    args.given = list(values)
 
     def check(name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -273,19 +271,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--double trains in float64, --amp {args.amp} does not; give one of them")
     if args.optimizer == "sgd" and args.momentum == 0:
         p.error("--momentum 0 is nothing for --optimizer sgd, whose momentum is Nesterov's")
+    slowed = {name for name in ("lr_mult", "warmup_mult") if "mask" in values.get(name, ())}
     for names, fine, flag in (
             ({"teacher_model", "distill_weight"}, args.teacher is not None, "teacher"),
             ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
-            ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power")):
+            ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power"),
+            (slowed, args.mask, "mask")):
         for name in sorted(values.keys() & names):
             check(name, fine or args.resume, f"has no effect without --{flag}")
-    for name in ("lr_mult", "warmup_mult"):
-        check(name, args.mask or args.resume or "mask" not in values.get(name, ()),
-              "has no effect without --mask")
-    files, rest = {"train_json", "train_images", "val_json", "val_images"}, args.data or args.resume
-    for name in sorted(files - values.keys()) if files & values.keys() and not rest else ():
+    missing = sorted({*PATHS} - {"data"} - values.keys())
+    if 0 < len(missing) < 4 and not (args.data or args.resume):
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
-                f"are needed; --{name.replace('_', '-')} is missing")
+                f"are needed; --{missing[0].replace('_', '-')} is missing")
     args.out = args.out or OUT  # already here: --resume reads the run there
     args.out += "/dry_run" if args.dry_run else ""
     return args
