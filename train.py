@@ -293,25 +293,23 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
     defaults = {name.replace("-", "_"): default for rows in FLAGS.values()
                 for name, _, default, _ in rows}
     size = args.model or defaults["model"]
-    rows = [("default", defaults), (f"recipe {size}", RECIPES[size])]
-    if size in ("m", "l") and not args.weights:
-        rows.append(("from scratch, untested", FROM_SCRATCH))
-    if not args.data and not args.train_json:
-        rows.append(("demo", DEMO))
-    rows.append((args.optimizer, OPTIMIZERS[args.optimizer or defaults["optimizer"]]))
-    if args.recipe == "reference":
-        rows.append(("reference", {"sigma_epochs": 0.0}))
-    if args.dry_run:
-        rows.append(("dry run", {"max_steps": 20, "log_every": 20}))
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        rows.append(("machine", {"workers": min(max(share - 1, 1), 8)}))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rows = (  # (source, does it apply?, values); later rows win
+        ("default", True, defaults),
+        (f"recipe {size}", True, RECIPES[size]),
+        ("from scratch, untested", size in ("m", "l") and not args.weights, FROM_SCRATCH),
+        ("demo", not args.data and not args.train_json, DEMO),
+        (args.optimizer, True, OPTIMIZERS[args.optimizer or defaults["optimizer"]]),
+        ("reference", args.recipe == "reference", {"sigma_epochs": 0.0}),
+        ("dry run", args.dry_run, {"max_steps": 20, "log_every": 20}),
+        ("machine", True, {"workers": min(max(share - 1, 1), 8)}))
     source = {}
     for name in defaults:
         source[name] = given if given == "saved" or name in args.given else "default"
         if getattr(args, name, None) is None:
-            source[name], row = next((s, r) for s, r in reversed(rows) if name in r)
+            source[name], row = next((origin, row) for origin, applies, row in reversed(rows)
+                                     if applies and name in row)
             setattr(args, name, row[name])
     return source
 
