@@ -425,9 +425,8 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     if mine & others and rank == 0:
         say(f"check         {len(mine & others)} of {len(others)} images to evaluate are also "
             f"trained on: AP says nothing about new ones")
-    changes = {name: getattr(args, name) for name in Augment._fields
-               if name != "scale" and getattr(args, name, None) is not None}
-    augment = AUGMENTS[args.augment]
+    augment, names = AUGMENTS[args.augment], {*Augment._fields} & {*vars(args)}
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.scale is not None:
         changes["scale"] = (1 - args.scale, 1 + args.scale)
         if not augment.affine:  # the strength has no turns and shifts: zoom only
