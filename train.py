@@ -642,42 +642,37 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
 
     Without --auto-batch a given --batch-size or --accumulate is kept. Otherwise a resumed run takes
     the largest micro-batch that divides a process's share: at most what norms saw before, and half
-    of one that ran out of memory. Raises ValueError if the product is not the images per step.
+    of one that ran out of memory. Raises ValueError if the product is not the images per step, and
+    if a norm would get one value.
     """
-    if not saved:
-        check_norms(args, world_size)
-        return args.batch_size * args.accumulate * world_size
-    note, restarts = f"{args.out}/out_of_memory", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    again = from_rank_0(os.path.exists(note) and restarts != "0")  # torchrun repeats --batch-size
-    total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
-    share, limit = max(total // world_size, 1), args.batch_size
-    if "batch_size" not in given:
-        moved = (world_size != saved["world_size"] and "batch_size" not in args.given
-                 and not args.no_sync_bn)  # without it, norms see batch_size images anywhere
-        if "accumulate" in given or moved:
-            limit = max(share // args.accumulate, 1)  # norms see as many images as before
-        if os.path.exists(note):
-            with open(note) as f:
-                limit = min(limit, int(f.read()))
-        limit = min(gather(limit))  # nodes may not share a disk
-        args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
-    if "accumulate" not in given:
-        args.accumulate = share // args.batch_size
-    if args.batch_size * args.accumulate * world_size != total:
-        raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
-                         f"processes x {args.batch_size} images x {args.accumulate} micro-batches; "
-                         f"choose numbers whose product is {total}")
-    check_norms(args, world_size)
-    return total
-
-
-def check_norms(args: argparse.Namespace, world_size: int) -> None:
-    """Raise ValueError if a norm would get one value at the coarsest level, of 1 x 1 at 32 px."""
+    if saved:
+        note, restarts = f"{args.out}/out_of_memory", os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        # torchrun repeats --batch-size when it restarts.
+        again = from_rank_0(os.path.exists(note) and restarts not in (None, "0"))
+        total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
+        share, limit = max(total // world_size, 1), args.batch_size
+        if "batch_size" not in given:
+            moved = (world_size != saved["world_size"] and "batch_size" not in args.given
+                     and not args.no_sync_bn)  # without it, norms see batch_size images anywhere
+            if "accumulate" in given or moved:
+                limit = max(share // args.accumulate, 1)  # norms see as many images as before
+            if os.path.exists(note):
+                with open(note) as f:
+                    limit = min(limit, int(f.read()))
+            limit = min(gather(limit))  # nodes may not share a disk
+            args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
+        if "accumulate" not in given:
+            args.accumulate = share // args.batch_size
+        if args.batch_size * args.accumulate * world_size != total:
+            raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
+                             f"processes x {args.batch_size} images x {args.accumulate} "
+                             f"micro-batches; choose numbers whose product is {total}")
     images = args.batch_size * (1 if args.no_sync_bn else world_size)
-    smallest = args.image_size * (1 - args.multi_scale)
+    smallest = args.image_size * (1 - args.multi_scale)  # the coarsest level is 1 x 1 at 32 px
     if images == 1 and smallest <= 32 and args.freeze.get("bn") != 0:
         raise ValueError("--batch-size 1 at 32 px leaves norms one value to learn from; give 2, or "
                          "larger images")
+    return args.batch_size * args.accumulate * world_size
 
 
 def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
