@@ -821,9 +821,9 @@ def mean_of(files: list[str]) -> dict[str, Tensor]:
             if last.is_floating_point() else last for name, last in states[-1].items()}
 
 
-def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, last: bool,
-                 ema: EMA, loader: DataLoader, truth: COCO, stopper: EarlyStopping, log: Log,
-                 about: dict, rank: int) -> None:
+def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, ema: EMA,
+                 loader: DataLoader, truth: COCO, stopper: EarlyStopping, log: Log, about: dict,
+                 rank: int) -> None:
     """Evaluate the averaged weights (EMA) and keep the best; at the end, average the best epochs.
 
     A best_EPOCH.pt that drops out of `at.best` is removed at the next evaluation: until then a
@@ -850,7 +850,7 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, l
                 os.remove(f"{args.out}/{name}")
         if [score, epoch] in at.best:
             write_atomically(f"{args.out}/best_{epoch}.pt", content)
-    if at.best and (last or stopper.over(epoch)):
+    if at.best and (epoch == args.epochs or stopper.over(epoch)):
         files = [f"{args.out}/best_{e}.pt" for e in sorted(e for _, e in at.best)]
         model = copy.deepcopy(ema.model)
         model.load_state_dict(from_rank_0(mean_of(files) if rank == 0 else None))
@@ -935,10 +935,9 @@ def main() -> None:
         if epoch and epoch in args.save_epochs and rank == 0:
             write_atomically(f"{args.out}/epoch_{epoch}.pt",
                              {**about, "model": ema.model.state_dict(), "step": at.step})
-        if epoch > at.evaluated and (at.step == total_steps or  # a step may complete several epochs
+        if epoch > at.evaluated and (epoch == args.epochs or  # a step may complete several epochs
                                      epoch // args.eval_every > at.evaluated // args.eval_every):
-            finish_epoch(args, at, epoch, at.step == total_steps, ema, val_loader, truth, stopper,
-                         log, about, rank)
+            finish_epoch(args, at, epoch, ema, val_loader, truth, stopper, log, about, rank)
             save()
         if at.step >= stop or stopper.over(at.evaluated):
             break
@@ -975,7 +974,7 @@ def main() -> None:
             save()
             break
     if rank == 0:
-        log.end(at.step, at.evaluated, ends[total_steps], stopper, args.out)
+        log.end(at.step, at.evaluated, args.epochs, stopper, args.out)
     if dist.is_initialized():
         dist.destroy_process_group()
     if asked and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun would start it again
