@@ -29,6 +29,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 # Waiting CPU threads spin briefly, then sleep: without sleep they starve the loader processes, and
@@ -646,9 +647,9 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
     if a norm would get one value.
     """
     if saved:
-        note, restarts = f"{args.out}/out_of_memory", os.environ.get("TORCHELASTIC_RESTART_COUNT")
-        # torchrun repeats --batch-size when it restarts.
-        again = from_rank_0(os.path.exists(note) and restarts not in (None, "0"))
+        note = f"{args.out}/out_of_memory"
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        again = from_rank_0(restarts and os.path.exists(note))  # torchrun repeats --batch-size
         total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
         share, limit = max(total // world_size, 1), args.batch_size
         if "batch_size" not in given:
@@ -657,8 +658,7 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
             if "accumulate" in given or moved:
                 limit = max(share // args.accumulate, 1)  # norms see as many images as before
             if os.path.exists(note):
-                with open(note) as f:
-                    limit = min(limit, int(f.read()))
+                limit = min(limit, int(Path(note).read_text()))
             limit = min(gather(limit))  # nodes may not share a disk
             args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
         if "accumulate" not in given:
@@ -714,8 +714,7 @@ def lock(out: str, new: bool) -> None:
             raise  # else the file system has no locks, like Lustre with noflock
         say(f"check         {out} cannot be locked ({error.strerror}): start no second run there")
     for name in ("log.jsonl", "out_of_memory") if new else ():
-        if os.path.exists(f"{out}/{name}"):
-            os.remove(f"{out}/{name}")
+        Path(out, name).unlink(missing_ok=True)
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device, contents: dict
