@@ -575,24 +575,23 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
 def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     """The checkpoint to go on from, with --resume or after a restart by torchrun; else None.
 
-    Flags not given get its values. Raises ValueError if --resume finds none, if `out` holds a run
-    but --resume is not given, or if a given flag may not change.
+    Flags not given get its values. Raises ValueError if the run, its folder and flags do not fit.
     """
     saved, lost = from_rank_0((load_last(args.out), any(
         os.path.exists(f"{args.out}/{name}.pt.damaged") for name in ("last", "previous")))
         if rank == 0 else None)
-    restarted = saved and launch and saved["launch"] == launch
-    if saved and not (args.resume or restarted):
+    if not saved:
+        if args.resume:
+            raise ValueError(f"--resume: no intact last.pt or previous.pt in {args.out}; give the "
+                             f"--out of a run, which nodes must share, or start anew with --weights")
+        if lost:
+            raise ValueError(f"{args.out} held a run, whose checkpoints are damaged (*.pt.damaged); "
+                             f"give another --out, or empty this one")
+        return None
+    restarted = launch and saved["launch"] == launch
+    if not (args.resume or restarted):
         raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
                          f"another --out")
-    if args.resume and not saved:
-        raise ValueError(f"--resume: no intact last.pt or previous.pt in {args.out}; give the "
-                         f"--out of a run, which nodes must share, or start anew with --weights")
-    if lost and not saved:
-        raise ValueError(f"{args.out} held a run, whose checkpoints are damaged (*.pt.damaged); "
-                         f"give another --out, or empty this one")
-    if not saved:
-        return None
     there = from_rank_0([b for b in saved["best"] if os.path.exists(f"{args.out}/best_{b[1]}.pt")])
     if rank == 0 and len(there) < len(saved["best"]):
         say(f"check         best_EPOCH.pt files are gone; --average-best has {len(there)} so far")
