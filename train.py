@@ -560,15 +560,14 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
     state = model.state_dict()
     bits = [t.flatten().view(torch.int64 if t.element_size() == 8 else torch.int32)
             for t in state.values()]
-    shares = gather((torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:])))
-    for other, (checksums, _) in enumerate(shares):
-        wrong = [name for name, a, b in zip(state, shares[0][0], checksums) if a != b]
+    checksums, losses = zip(*gather((torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:]))))
+    for other, sums in enumerate(checksums):
+        wrong = [name for name, a, b in zip(state, checksums[0], sums) if a != b]
         if wrong:
             sys.exit(f"train.py: --sync-check: {wrong[0]} differs between processes 0 and {other}; "
                      f"do their machines run the same code and versions?" if rank == 0 else 1)
     if rank == 0:
-        losses = [loss for _, loss in shares]
-        say(f"sync check: {len(state)} tensors are equal on {len(shares)} processes; loss sums of "
+        say(f"sync check: {len(state)} tensors are equal on {len(losses)} processes; loss sums of "
             f"their images {min(losses):.4g} to {max(losses):.4g}")
 
 
@@ -733,9 +732,8 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
              "memory_format": torch.channels_last}
     torch.manual_seed(args.seed)
     model, teacher = YoloNasPose(args.model, len(skeleton.names), args.mask), None
-    report = {}
-    if args.weights and not args.resume:
-        report = load_weights(model, args.weights, skeleton.names, COCO_NAMES)
+    report = (load_weights(model, args.weights, skeleton.names, COCO_NAMES)
+              if args.weights and not args.resume else {})
     model.load_state_dict(from_rank_0(model.state_dict()))  # last bits may differ by CPU
     if args.teacher:
         teacher, file = load_model(args.teacher, args.teacher_model)
