@@ -321,17 +321,15 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
     launch is a unique name for this torchrun launch; it stays when torchrun restarts its processes.
     Tensors travel over NCCL, or gloo without GPUs; other objects always over gloo. No process waits
     longer than 10 minutes, many times what process 0 takes to score COCO's 5,000 images.
-    Raises ValueError for more processes than GPUs, an unusable port, a launcher that does not tell
-    each process its GPU (LOCAL_RANK), and flags that differ between machines.
+    Raises ValueError if launcher, GPUs, port or other machines' flags do not allow that.
     """
     torch.set_flush_denormal(True)  # denormal numbers take a CPU 10 to 100 times as long
     env, gpus, wait = os.environ, torch.cuda.device_count(), datetime.timedelta(minutes=10)
     if "LOCAL_RANK" not in env:
         for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if int(env.get(name) or 1) > 1:
-                raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set: each process "
-                                 f"would train alone; start them by torchrun, or, if that is meant,"
-                                 f" unset {name}")
+                raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set; start processes "
+                                 f"by torchrun, or, to train in each one alone, unset {name}")
         if gpus > 1:
             say(f"check         uses one of {gpus} GPUs; all: torchrun --nproc-per-node {gpus}")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
@@ -350,7 +348,7 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
         raise ValueError(f"{host}:{port}: {str(error).splitlines()[0]}; is the port taken? Choose "
                          f"another --master-port") from None
     # A restart's store still holds what nccl's watchdogs wrote, which would end this start, too.
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    env.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     start = name_of_start(store, rank, world_size, wait)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=rank, timeout=wait,
                             world_size=world_size, store=dist.PrefixStore(start, store))
