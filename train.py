@@ -328,8 +328,8 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
     if "LOCAL_RANK" not in env:
         for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if int(env.get(name) or 1) > 1:
-                raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set: start by torchrun, "
-                                 f"or, if each process is meant to train alone, unset {name}")
+                raise ValueError(f"{name} is {env[name]}, but LOCAL_RANK is not set; start by "
+                                 f"torchrun, or, if each is meant to train alone, unset {name}")
         if gpus > 1:
             say(f"check         uses one of {gpus} GPUs; all: torchrun --nproc-per-node {gpus}")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
@@ -579,8 +579,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
         if rank == 0 else None)
     if not saved:
         if args.resume:
-            raise ValueError(f"--resume: no intact last.pt or previous.pt in {args.out}; give --out "
-                             f"of a run, which nodes must share, or start anew with --weights")
+            raise ValueError(f"--resume: no intact last.pt or previous.pt in {args.out}; give a "
+                             f"run's --out, which nodes must share, or start anew with --weights")
         if lost:
             raise ValueError(f"{args.out} held a run, whose checkpoints are damaged (*.damaged); "
                              f"give another --out, or empty this one")
