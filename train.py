@@ -574,9 +574,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
 
     Flags not given get its values. Raises ValueError if the run, its folder and flags do not fit.
     """
-    saved, lost = from_rank_0((load_last(args.out), any(
-        os.path.exists(f"{args.out}/{name}.pt.damaged") for name in ("last", "previous")))
-        if rank == 0 else None)
+    saved, lost = from_rank_0((load_last(args.out), any(Path(args.out).glob("*.pt.damaged")))
+                              if rank == 0 else None)
     if not saved:
         if args.resume:
             raise ValueError(f"--resume: no intact last.pt or previous.pt in {args.out}; give a "
