@@ -289,7 +289,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]:
+def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
     """Set every flag that was not given. Return where each value came from."""
     defaults = {name.replace("-", "_"): default for rows in FLAGS.values()
                 for name, _, default, _ in rows}
@@ -307,7 +307,7 @@ def fill_recipe(args: argparse.Namespace, given: str = "flag") -> dict[str, str]
         ("machine", True, {"workers": min(max(share - 1, 1), 8)}))
     source = {}
     for name in defaults:
-        source[name] = given if given == "saved" or name in args.given else "default"
+        source[name] = "saved" if args.resume else "flag" if name in args.given else "default"
         if getattr(args, name, None) is None:
             source[name], row = next((origin, row) for origin, applies, row in reversed(rows)
                                      if applies and name in row)
@@ -859,7 +859,7 @@ def main() -> None:
     try:
         rank, world_size, device, launch = setup_distributed(args)
         saved = None if args.dry_run else read_run(args, rank, launch)
-        source = fill_recipe(args, "saved" if saved else "flag")
+        source = fill_recipe(args)
         train_set, val_set, truth, contents = open_data(args, rank)
         skeleton, images = train_set.skeleton, len(train_set)
         model, teacher, criterion, report = make_model(args, skeleton, device, contents)
