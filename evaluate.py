@@ -538,8 +538,9 @@ def check_places(p: argparse.ArgumentParser, written: list, read: list, new: str
     taken = {os.path.realpath(path) for path in read if path}
     for path in filter(None, written):
         folder = os.path.dirname(path) or "."
+        made = new and os.path.realpath(folder) == os.path.realpath(new)
         if os.path.exists(path) and not os.path.isfile(path) or not (
-                os.access(folder, os.W_OK) or os.path.realpath(folder) == os.path.realpath(new)):
+                made or os.access(folder, os.W_OK)):
             p.error(f"{path} is a folder or device, or in a folder that is missing or read-only; "
                     f"expected the name of a file")
         if os.path.realpath(path) in taken:

@@ -50,11 +50,9 @@ def find_images(sources: list[str]) -> list[str]:
     suffixes = tuple(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
     files = []
     for source in sources:
-        if os.path.isdir(source):
-            inside = [os.path.join(source, name) for name in os.listdir(source)]
-            found = [path for path in inside if path.lower().endswith(suffixes)]
-        else:
-            found = [source] if os.path.isfile(source) else glob.glob(source)
+        inside = os.path.join(glob.escape(source), "*") if os.path.isdir(source) else source
+        found = [source] if os.path.isfile(source) else [
+            path for path in glob.glob(inside) if path.lower().endswith(suffixes)]
         if not found:
             raise ValueError(f"{source}: no image there; expected a file, a folder with images in "
                              f"it (of folders in it give a quoted pattern, DIR/*/*), or a pattern")

@@ -1,5 +1,7 @@
 """predict.py: which files are meant, orientation, pictures, COCO results."""
+import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from data import COCO_EDGES, COCO_NAMES, CocoPose, collate, flatten, read_skeleton
 from draw import LEFT, MIDDLE, RIGHT, draw_people
-from evaluate import load_model, look, people_in, quiet_coco
+from evaluate import check_places, load_model, look, people_in, quiet_coco
 from model import Decoded, YoloNasPose
 from predict import find_images, main, out_names, predict
 
@@ -144,6 +146,9 @@ def test_frames_come_in_order_and_names_do_not_collide(tmp_path, monkeypatch):
     files = find_images([str(tmp_path / "a"), str(tmp_path / "b" / "*.jpg"), str(tmp_path / "a")])
     assert [f[len(str(tmp_path)) + 1:] for f in files] == ["a/frame2.png", "a/frame10.png",
                                                           "b/frame2.jpg"]
+    (tmp_path / "a" / "._frame2.png").write_bytes(b"")  # what macOS puts beside a file
+    assert find_images([str(tmp_path / "*" / "*")]) == files == find_images(
+        [str(tmp_path / "a") + os.sep, str(tmp_path / "b")])
     monkeypatch.chdir(tmp_path / "b")
     (tmp_path / "b" / "\u00b27.jpg").write_bytes(b"")  # a digit that is no number
     assert find_images(["\u00b27.jpg"]) == ["\u00b27.jpg"]
@@ -168,6 +173,12 @@ def test_nothing_replaces_what_is_read(weights, tmp_path, monkeypatch, capsys):
         assert code == 1 and "could replace" in err
     code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--results", weights)
     assert code == 2 and "is read, or written twice" in err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    p = argparse.ArgumentParser()
+    with pytest.raises(SystemExit, match="2"):
+        check_places(p, ["found.json"], [])
+    check_places(p, ["new/found.json"], [], new="new")
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_done(weights, tmp_path, monkeypatch, capsys):
