@@ -556,11 +556,10 @@ def sync_check(model: nn.Module, mine: list[float], rank: int) -> None:
     """Compare weights and buffers of all processes; end the run at the first that differs.
     mine is this process's Step.mine."""
     state = model.state_dict()
-    bits = [t.flatten().view(torch.int64 if t.element_size() == 8 else torch.int32)
-            for t in state.values()]
-    checksums, losses = zip(*gather((torch.stack([t.sum() for t in bits]).tolist(), sum(mine[1:]))))
-    for other, sums in enumerate(checksums):
-        wrong = [name for name, a, b in zip(state, checksums[0], sums) if a != b]
+    marks, losses = zip(*gather(([fingerprint([t.cpu().numpy()]) for t in state.values()],
+                                 sum(mine[1:]))))
+    for other, theirs in enumerate(marks):
+        wrong = [name for name, a, b in zip(state, marks[0], theirs) if a != b]
         if wrong:
             sys.exit(f"train.py: --sync-check: {wrong[0]} differs between processes 0 and {other}; "
                      f"do their machines run the same code and versions?" if rank == 0 else 1)

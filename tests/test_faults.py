@@ -468,12 +468,16 @@ def test_a_clock_that_goes_back_does_no_harm(data, tmp_path, monkeypatch):
 
 
 def test_a_tensor_that_differs_between_processes_is_named(monkeypatch):
-    def gather(mine):
-        sums, loss = mine
-        return [mine, (sums[:1] + [sums[1] + 1] + sums[2:], loss)]
-    monkeypatch.setattr(train, "gather", gather)
+    other, found = torch.nn.BatchNorm2d(2), []
+    with torch.no_grad():
+        other.bias += torch.tensor([1.0, -1.0])
+    for norm in other, torch.nn.BatchNorm2d(2):
+        norm.register_buffer("odd", torch.ones(3, dtype=torch.bool))
+        monkeypatch.setattr(train, "gather", lambda mine: [*found, found.append(mine) or mine])
+        if norm is other:
+            train.sync_check(norm, [1.0, 2.0], 1)
     with pytest.raises(SystemExit, match="bias differs between processes 0 and 1"):
-        train.sync_check(torch.nn.BatchNorm2d(2), [1.0, 2.0], 0)
+        train.sync_check(norm, [1.0, 2.0], 0)
 
 
 def test_one_image_and_more_images_a_step_than_there_are(tmp_path, monkeypatch):
