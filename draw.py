@@ -354,7 +354,7 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
                      "after epoch": best.get("epoch", ""), "steps": lines[-1]["step"],
                      "epochs": last.get("epoch", ""), "last loss": last.get("loss", ""),
                      "skipped steps": max(line.get("skipped", 0) for line in lines)})
-    parts = [html_table(list(rows[0]), [list(row.values()) for row in rows]),
+    parts = [dict_table(rows),
              "<p>Curves over optimizer steps; a long one shows means of neighbors.</p>"]
     names = {"Evaluation": EVALUATED, "Loss": terms, "Optimizer and machine": PACE}
     charts = {heading: [number_chart(runs, name) for name in names[heading]] for heading in names}
