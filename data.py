@@ -287,17 +287,23 @@ def fingerprint(arrays: Iterable) -> str:
         a if isinstance(a, bytes) else a.tobytes() for a in arrays)).hexdigest()[:12]
 
 
-def check_files(files: np.ndarray, folder: str) -> None:
-    """Raise FileNotFoundError, with advice, for the first of the images that is not in folder."""
+def check_files(annotations: Annotations, folder: str, headers: bool = False) -> None:
+    """Raise FileNotFoundError, with advice, for the first of the images that is not in folder.
+    headers: also raise DataError for the first that is no image, or not of the json's size."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; expected the images that the json "
                                 f"names; if it has moved, give its new path")
     listed = set(os.listdir(folder))
-    for name in files.tolist():
-        if name not in listed and not os.path.isfile(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{os.path.join(folder, name)} not found, but the json names "
-                                    f"{name}; get it, fix or remove its record, or give the "
-                                    f"folder from which names count")
+    for name, size in zip(annotations.files.tolist(), annotations.sizes.tolist()):
+        path = os.path.join(folder, name)
+        if name not in listed and not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} not found, but the json names {name}; get it, fix or "
+                                    f"remove its record, or give the folder from which names count")
+        if headers:
+            try:
+                open_header(path, *size).close()
+            except UNREADABLE as error:
+                raise DataError(f"{path}: {error}; fix or remove the file or its record") from None
 
 
 def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list) -> np.ndarray:
@@ -337,7 +343,7 @@ def describe(dataset: "CocoPose") -> list[str]:
             broken.append(i)
     checks = {f"people smaller than 8 px at {size} px": image[people & (side < 8)],
               "boxes that their image has twice": np.delete(image, first),
-              "boxes beyond their image (bbox is x, y, width, height)": image[over],
+              "boxes beyond their image, cut there (bbox is x, y, width, height)": image[over],
               "people without keypoints and box, taken for background": image[
                   unlabeled & (side == 0)],
               "people with a keypoint outside the image, taken for not labeled": image[
@@ -571,17 +577,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndarray, int]:
-    """Open an image as (h, w, 3) uint8, RGB, already reduced by shrink_for(zoom), and return that
-    power of two, too. The rest of the zoom then reduces by less than 2, which does not alias. JPEG
-    files are decoded reduced. EXIF rotation tags are ignored, as COCO's json ignores them.
-    Raises ValueError if the file's size is not the json's, or one of UNREADABLE."""
+def open_header(path: str, width: int, height: int) -> Image.Image:
+    """Open an image without decoding it. Raises ValueError if it is not of the json's width and
+    height, px, or one of UNREADABLE."""
     image = Image.open(path)
     if image.size != (width, height):
         turned = ", turned by its EXIF tag?" * (image.size == (height, width))
         raise ValueError(f"is {image.width}x{image.height} px, its json says {width}x{height}"
                          f"{turned}")
-    shrink = shrink_for(zoom)
+    return image
+
+
+def open_image(path: str, width: int, height: int, zoom: float) -> tuple[np.ndarray, int]:
+    """Open an image as (h, w, 3) uint8, RGB, already reduced by shrink_for(zoom), and return that
+    power of two, too. The rest of the zoom then reduces by less than 2, which does not alias. JPEG
+    files are decoded reduced. EXIF rotation tags are ignored, as COCO's json ignores them.
+    Raises what open_header raises."""
+    image, shrink = open_header(path, width, height), shrink_for(zoom)
     if image.format == "JPEG":
         image.draft(image.mode, (max(width // shrink, 1), max(height // shrink, 1)))
     more = shrink // 2 ** round(math.log2(max(width, height) / max(image.size)))

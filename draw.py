@@ -538,6 +538,8 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
     if alone or args.flip_pairs is None and not any(pair) and len(pair) > 1:
         what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there no left and right?"
         yield f"{what} Name all pairs in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
+    if {*skeleton.sigmas} == {0.05}:
+        yield "sigma 0.05 for all keypoints, a guess: README, Your own data, says how to measure it"
 
 
 def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[str, list],

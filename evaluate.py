@@ -528,7 +528,7 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     check_names(path, names, skeleton.names)
     masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])
     annotations = flatten(labels, masks=masks)
-    check_files(annotations.files, folder)
+    check_files(annotations, folder, headers=True)
     return CocoPose(annotations, folder, skeleton, file["image_size"], file["pad"]), labels
 
 

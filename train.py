@@ -307,7 +307,7 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
         ("machine", True, {"workers": min(max(share - 1, 1), 8)}))
     source = {}
     for name in defaults:
-        source[name] = "saved" if args.resume else "flag" if name in args.given else "default"
+        source[name] = "flag" if name in args.given else "saved" if args.resume else "default"
         if getattr(args, name, None) is None:
             source[name], row = next((origin, row) for origin, applies, row in reversed(rows)
                                      if applies and name in row)
@@ -409,7 +409,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
             path, folder = path or default_path, folder or default_folder
         labels = read_json(path)
         annotations = flatten(labels, args.only_people and split == "train", args.mask)
-        check_files(annotations.files, folder)
+        check_files(annotations, folder, headers=split == "val")
         if split == "train":
             skeleton = read_skeleton(labels, args.flip_pairs, args.sigmas)
         check_names(path, labels["categories"][0]["keypoints"], skeleton.names)
@@ -617,7 +617,7 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents
     for what, mark in contents.items():
         if saved.get("contents", contents).get(what) != mark:  # older ones have none
             sys.exit(f"train.py: not the {what} of the run in {out}; give it its own, or start a "
-                     f"new run in another --out")
+                     f"new run in another --out, maybe with --weights {out}/last.pt")
     end = parts["log"].total_steps
     if saved["step"] > end:
         sys.exit(f"train.py: the run in {out} is at step {saved['step']} already, and would end at "
@@ -657,6 +657,9 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
             args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
         if "accumulate" not in given:
             args.accumulate = share // args.batch_size
+        if total % world_size:
+            raise ValueError(f"a step of this run takes {total} images, which {world_size} "
+                             f"processes cannot share equally; start a number that divides them")
         if args.batch_size * args.accumulate * world_size != total:
             raise ValueError(f"a step of this run takes {total} images, which are not {world_size} "
                              f"processes x {args.batch_size} images x {args.accumulate} "
@@ -910,7 +913,8 @@ def main() -> None:
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr,
             f"{device}, torch {torch.__version__}"))
         if args.dry_run:
-            say("\n".join(describe(train_set)))
+            for use, dataset in ("to train on", train_set), ("to evaluate", val_set):
+                say("\n".join([f"labels        {use}", *describe(dataset)]))
             points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
             write_text(f"{args.out}/curves.svg", svg_curves(points))
     if not args.resume:

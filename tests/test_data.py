@@ -516,7 +516,7 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
                  "1 people smaller than 8 px at 200 px, like 5.png",
                  "1 boxes that their image has twice, like 6.png",
                  "1 people with a keypoint outside the image, taken for not labeled, like 4.png",
-                 "1 boxes beyond their image (bbox is x, y, width, height), like 11.png",
+                 "1 boxes beyond their image, cut there (bbox is x, y, width, height), like 11.png",
                  "labels must fit the file as stored, like 10.png",
                  "1 people whose left and right may be swapped, like 3.png",
                  "1 broken images, like 9.png"):

@@ -554,6 +554,7 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     said = capsys.readouterr().out
     assert "renamed to last.pt.damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
+    assert "accumulate 2" in next(line for line in said.splitlines() if line.startswith("flag "))
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="--lr 0.1 differs from the 0.002"):
@@ -561,6 +562,9 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     assert "last.pt is damaged, or no checkpoint" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="takes 4 images, which are not 1 processes x 3"):
         run_here(monkeypatch, *resume, "--batch-size", 3)
+    with pytest.raises(ValueError, match="takes 4 images, which 3 processes cannot share equally"):
+        t.cut_batch(argparse.Namespace(**checkpoint(out, "previous.pt")["args"]),
+                    checkpoint(out, "previous.pt"), 3)
     state = checkpoint(out, "previous.pt")
     with pytest.raises(SystemExit, match="has another network, loss or .* 'tracker'"):
         log = argparse.Namespace(total_steps=9, load_state_dict=lambda _: None)

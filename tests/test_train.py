@@ -447,6 +447,8 @@ def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, monkeypatch, caps
     ("no bbox", "annotations: bbox is missing in"),
     ("no json", "person_keypoints_train2017.json not found; expected a COCO keypoint json"),
     ("nobody", "nobody in it has a labeled keypoint; check the export"),
+    ("wide val", "000000.jpg: is 64x64 px, its json says 65x64; fix or remove the file or its"),
+    ("no val image", "000001.jpg: cannot identify image file"),
 ])
 def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypatch, capsys, harm,
                                                        message):
@@ -459,6 +461,12 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
         image.unlink()
     elif harm == "no bbox":
         del labels["annotations"][0]["bbox"]
+    elif "val" in harm:
+        path = root / "annotations" / "person_keypoints_val2017.json"
+        labels = json.loads(path.read_text())
+        labels["images"][0]["width"] += harm == "wide val"
+        if harm == "no val image":
+            (root / "val2017" / "000001.jpg").write_text("error 404")
     elif harm == "nobody":
         labels["annotations"] = [{**ann, "iscrowd": 1} for ann in labels["annotations"]]
     path.write_text(json.dumps(labels)[:None if harm != "broken" else 300])
@@ -466,6 +474,7 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
         path.unlink()
     flags = ["--data", root, "--out", tmp_path / "out", *SMALL]
     assert message in refusal(monkeypatch, capsys, flags, 1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, tmp_path,
@@ -723,6 +732,10 @@ def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small, monkey
                    "--warmup", "3e", "--cache", "disk")
     for part in ("labeled       nose 100%", "box sides", "step 20/75", "img/s", "ETA"):
         assert part in said
+    for use, set_ in ("to train on", "train"), ("to evaluate", "val"):
+        labels = read_json(small / "people" / "annotations" / f"person_keypoints_{set_}2017.json")
+        people = sum(ann["num_keypoints"] > 0 for ann in labels["annotations"])
+        assert f"labels        {use}\npeople        {people} labeled" in said
     assert "  AP " not in said  # 20 steps complete 8 epochs
     assert sorted(p.name for p in (small / "dry").rglob("*")) == [
         "curves.svg", "dry_run", "first_batch.jpg", "lock"]
