@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import train as t
+from compare import report, tensors
 from data import COCO_NAMES
 from model import YoloNasPose, sync_batch_norm
 from people import draw_dataset
@@ -73,18 +74,6 @@ def run_here(monkeypatch, *flags, patch: str = "") -> None:
 
 def checkpoint(folder: Path, name: str = "last.pt") -> dict:
     return torch.load(folder / name, weights_only=True)
-
-
-def tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a nested checkpoint, by its path."""
-    items = state.items() if isinstance(state, dict) else enumerate(state)
-    found = {}
-    for key, value in items:
-        if torch.is_tensor(value):
-            found[f"{prefix}{key}"] = value
-        elif isinstance(value, (dict, list)):
-            found |= tensors(value, f"{prefix}{key}/")
-    return found
 
 
 def norm_some(norm: torch.nn.Module, x: torch.Tensor, weigh: torch.Tensor) -> list[torch.Tensor]:
@@ -361,6 +350,17 @@ def teacher(folder: Path) -> list:
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
     kill_and_resume(data, tmp_path, [*STATEFUL, *teacher(tmp_path), "--workers", 1], processes=1,
                     kills=1, seed=0)
+
+
+def test_two_checkpoints_are_compared_tensor_by_tensor():
+    a = tensors({"model": {"w": torch.tensor([3.0, 4.0]), "n": torch.tensor(1)},
+                 "optimizer": {"state": [{"m": torch.zeros(2)}]}, "step": 3})
+    assert report(a, {**a}) == ("3 tensors, 0 differ", True)
+    text, equal = report({**a, "model/w": torch.tensor([3.0, 4.5])}, a)
+    assert not equal and text == ("3 tensors, 1 differ, like model/w; of the weights most "
+                                  "model/w, by 0.1 of its norm, and all by 0.1")
+    for other in ({**a, "model/w": torch.zeros(3)}, {"model/w": a["model/w"]}):
+        assert report(a, other)[0].startswith(("1 tensors are not", "2 tensors are not"))
 
 
 def test_random_layers_draw_by_step(data, tmp_path, monkeypatch):
