@@ -106,8 +106,9 @@ def find_split(root: str, split: str) -> tuple[str, str]:
     for folder in (os.path.join(root, split), os.path.join(root, "images", split)):
         if os.path.isdir(folder):
             return os.path.join(root, "annotations", f"person_keypoints_{split}.json"), folder
-    raise FileNotFoundError(f"no folder {root}/{split} or {root}/images/{split}; expected the split"
-                            f"'s images; other layouts: name json and images by flags of their own")
+    raise FileNotFoundError(f"no folder {os.path.abspath(root)}/{split} or images/{split} there; "
+                            f"expected the split's images; other layouts: name json and images by "
+                            f"flags of their own")
 
 
 def faults(coco: dict) -> Iterator[str]:

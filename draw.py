@@ -519,7 +519,7 @@ STRENGTHS = {"contrast_range": "contrast", "hsv_gain": "hsv", "degrees": "affine
 
 
 def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: int,
-           global_batch: int, steps: tuple[int, ...]) -> Iterator[str]:
+           global_batch: int, steps: tuple[int, ...], device: str = "") -> Iterator[str]:
     """Warnings about likely mistakes in the arguments of print_plan."""
     scaled = args.lr_scale != "none" and 4 * global_batch < args.lr_batch
     if images < 5000 and scaled and not args.resume:
@@ -538,6 +538,8 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
     if alone or args.flip_pairs is None and not any(pair) and len(pair) > 1:
         what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there no left and right?"
         yield f"{what} Name all pairs in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
+    if args.amp == "fp16" and device.startswith("cpu"):
+        yield "fp16 is for GPUs: on a CPU it is slow, and skips its first steps; use bf16 or no"
     if {*skeleton.sigmas} == {0.05}:
         yield "sigma 0.05 for all keypoints, a guess: README, Your own data, says how to measure it"
 
@@ -586,7 +588,7 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         f"warmup        {warmup} steps; keypoint tolerance narrows for {narrowing} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
     lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, images[0],
-                                                           batch[1], steps)]
+                                                           batch[1], steps, device)]
     text = "\n".join(lines)
     say(text + "\nETA           measured on the first steps, in the lines below")
     return text

@@ -8,7 +8,8 @@ Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of 
         file); scores (B, A) and keypoint_scores (B, A, K) in [0, 1]. A anchors, mostly background
 Inside  json, in ONNX as metadata, in pt2 as the extra file nanopose.json: the keypoints' names,
         flip, edges, sigmas; image_size and pad: scale an image by image_size / its longer side,
-        pad with 127 (bottom_right, or center: all around; fit_image in data.py does exactly this);
+        pad with 127 (bottom_right, or center: all around). fit_image in data.py does exactly this:
+        it reduces by 2, 4, ... (the mean of as many pixels), then resamples bilinearly;
         conf, iou, pre, post of evaluate.py's select (conf 0.01 is for AP; predict.py takes 0.3)
 
 Run     onnxruntime.InferenceSession(FILE).run(None, {"images": images}), whose

@@ -359,14 +359,14 @@ PATIENT = {"patience": 9, "sigma_epochs": 5.0, "epochs": 9}
     (["left_a", "right_a", "finL", "finR"], [0, 1, 3, 2], "left_a, right_a: in no pair.")])
 def test_a_plan_doubts_sides_without_a_twin(names, flip, said):
     skeleton = Namespace(names=names, flip=flip, sigmas=[0.05, 0.06])
-    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None, **PATIENT)
+    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None, amp="fp16", **PATIENT)
     found = list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     assert len(found) == bool(said) and "".join(found).startswith(said)
 
 
 def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide():
     skeleton = Namespace(names=["nose"], flip=[0], sigmas=[0.06])
-    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None, **PATIENT)
+    args = Namespace(sigma_start=8.0, lr_scale="none", flip_pairs=None, amp="fp16", **PATIENT)
     fits = {"loaded": 874 * ["a"], "skipped": 12 * ["b"]}
     of_s = {"loaded": 215 * ["a"], "skipped": 671 * ["b"]}
     of_l = {"loaded": 576 * ["a"], "skipped": 377 * ["b"]}  # into M
@@ -374,6 +374,9 @@ def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide()
     for report in (of_s, of_l):
         assert "another size" in "".join(draw.doubts(report, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     assert "--sigma-epochs" in "".join(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 10)))
+    for device, fine in (("cpu, torch 2.6", False), ("cuda:0, torch 2.6", True)):
+        found = list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9), device))
+        assert fine and not found or "fp16 is for GPUs" in found[0]
     skeleton.sigmas = [0.05]
     assert "measure" in "".join(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))
     args.patience = 4
@@ -386,7 +389,7 @@ def test_a_plan_doubts_weights_that_do_not_fit_and_a_tolerance_that_stays_wide()
 def test_a_plan_doubts_a_rate_scaled_down_for_few_images(images, batch, scale, doubts):
     skeleton = Namespace(names=["nose"], flip=[0], sigmas=[0.06])
     args = Namespace(sigma_start=1.0, lr_scale=scale, lr=1e-4, lr_batch=480, flip_pairs=None,
-                     resume=None, **PATIENT)
+                     resume=None, amp="no", **PATIENT)
     said = "".join(draw.doubts({}, skeleton, args, images, batch, (9, 0, 9, 0, 9)))
     assert ("try --lr 0.0001 --lr-scale none" in said) == doubts
     args.resume = True  # too late
@@ -397,7 +400,7 @@ def test_a_plan_doubts_a_rate_scaled_down_for_few_images(images, batch, scale, d
 def test_somebody_who_says_that_there_are_no_pairs_is_believed():
     skeleton = Namespace(names=["a", "b"], flip=[0, 1], sigmas=[0.06] * 2)
     for given, n in ((None, 1), ("", 0)):
-        args = Namespace(sigma_start=1.0, lr_scale="none", flip_pairs=given, **PATIENT)
+        args = Namespace(sigma_start=1.0, lr_scale="none", flip_pairs=given, amp="no", **PATIENT)
         assert len(list(draw.doubts({}, skeleton, args, 9, 9, (9, 0, 9, 0, 9)))) == n
 
 

@@ -44,6 +44,12 @@ def onnx_packages() -> None:
         pytest.importorskip(name, reason="pip install onnx onnxscript onnxruntime")
 
 
+def test_a_mask_branch_stays_out_of_the_file(tmp_path):
+    export.write(YoloNasPose("n", mask=True).eval().fuse(), str(tmp_path / "x.pt2"), {})
+    names = torch.export.load(tmp_path / "x.pt2").state_dict
+    assert names and not [name for name in names if "mask" in name]
+
+
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_path, monkeypatch,
                                                                  kind):
