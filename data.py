@@ -323,7 +323,8 @@ def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list)
 
 
 def describe(dataset: "CocoPose") -> list[str]:
-    """Lines that describe a data set and its flaws before training. Opens about 1000 images."""
+    """Lines that describe a data set and its flaws before training. Opens 1,000 to
+    2,000 images, or all of a smaller set."""
     a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
     labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
     people, unlabeled = labeled.any(1) & ~a.crowd, ~labeled.any(1) & ~a.crowd    # (T,), (T,)
@@ -412,7 +413,7 @@ class Augment(NamedTuple):
     contrast: float = 0.5    # probability of another brightness and contrast
     contrast_range: float = 0.2    # factors lie in 1 - this ... 1 + this
     bgr: float = 0.0         # probability that red and blue are swapped
-    hsv: float = 0.5         # probability of another hue, saturation and value
+    hsv: float = 0.5         # probability that hue, saturation, value change, each of them at 0.5
     hsv_gain: float = 20.0   # largest change: hue in steps of 2 degrees, the others in percent
     rotate90: float = 0.0    # probability of a turn by 0, 90, 180 or 270 degrees
     affine: float = 0.75     # probability of rotation, zoom and shift
@@ -503,8 +504,8 @@ def collage(frames: list[tuple[int, int]]) -> tuple[list[tuple[float, float]], i
         return [(0, 0)], *frames[0]
     (w0, h0), (w1, h1), (w2, h2), (w3, h3) = frames
     top, width = max(h0, h1), max(w0 + w1, w2 + w3)
-    left, right = (width - w0 - w1) // 2, (width - w2 - w3) // 2
-    corners = [(left, top - h0), (left + w0, top - h1), (right, top), (right + w2, top)]
+    upper, lower = (width - w0 - w1) // 2, (width - w2 - w3) // 2  # where the rows begin
+    corners = [(upper, top - h0), (upper + w0, top - h1), (lower, top), (lower + w2, top)]
     return corners, width, top + max(h2, h3)
 
 
@@ -538,6 +539,8 @@ def warp(canvas: Tensor, image: np.ndarray, matrix: np.ndarray, region: np.ndarr
         linear, offset = torch.from_numpy(color.copy()).split([3, 1], 1)
         outside = torch.linalg.solve(linear, fill - offset)[:, 0].float()         # (3,)
         linear = linear.float()
+    # Outside is 0 from here on, as grid_sample pads with zeros. As color maps outside to fill,
+    # linear @ (pixel - outside) is color(pixel) - fill; at the end `fill` is added back.
     patch = np.array(image[y0:y1, x0:x1].transpose(2, 0, 1), order="C")             # (C, h, w)
     patch = torch.from_numpy(patch).float().sub_(outside[:, None, None])
     # grid_sample's coordinates go from -1 to 1, from edge to edge.

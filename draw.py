@@ -2,7 +2,7 @@
 
     python draw.py runs/a runs/b --out runs.html      # several runs in the same charts
 
-Knows nothing about networks, labels or how training works; it imports numpy and Pillow.
+It imports none of the other files, only numpy and Pillow.
 """
 import argparse
 import base64
@@ -107,7 +107,7 @@ def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Imag
 
 
 def ticks(low: float, high: float, outer: bool = False) -> list[float]:
-    """Three to nine round numbers between low < high; with outer they enclose low and high."""
+    """Three to ten round numbers between low < high; with outer they enclose low and high."""
     step = 10 ** math.floor(math.log10((high - low) / 3))
     step *= max(m for m in (1, 2, 5) if m == 1 or m * step * 3 <= high - low)
     first, last = round(low / step, 6), round(high / step, 6)  # 0.3 / 0.1 is not quite 3
@@ -495,8 +495,8 @@ class Log:
         if not self.speaks or (step % self.every and step not in self.marks):
             return
         seconds = self.ended - self.interval
-        score_sum, *sums, share = self.sums
-        terms = {name: term / share for name, term in zip(self.terms, sums)}
+        score_sum, *sums, divisor = self.sums
+        terms = {name: term / divisor for name, term in zip(self.terms, sums)}
         epoch, loss = round(step * self.global_batch / self.images, 3), sum(terms.values())
         rate, waited = self.taken * self.global_batch / seconds, self.waited / seconds
         self.write({"step": step, "epoch": epoch, "loss": loss, **terms,

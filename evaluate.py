@@ -46,6 +46,7 @@ KEYPOINT_NUMBERS = ("OKS", "PCK", "good", "jitter", "inversion", "swap", "miss")
 KINDS = ("best", "score", "duplicate", "background")  # of detections
 FOUND = 0.1      # OKS from which a person counts as found
 PCK_SHARE = 0.1  # of the longer side of the box: https://doi.org/10.1109/TPAMI.2012.261
+# The first two rows are read by place, below and in card_page of draw.py.
 GROUPS = {"images": (("all", -1, math.inf), ("with labeled people", 0, math.inf)),
           "people in the image": (("1", 0, 1), ("2", 1, 2), ("3 to 5", 2, 5),
                                   ("6 or more", 5, math.inf)),  # low < n <= high
@@ -198,7 +199,6 @@ def look(model: nn.Module, images: Tensor, flip: list[int] | None = None,
     """
     if model.training:
         raise ValueError("the model is in training mode; call its eval() first")
-    images = images.to(next(model.parameters()).device, non_blocking=True)
     x = to_input(images, model)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         raw = model(x)
@@ -239,12 +239,12 @@ def evaluate(model: nn.Module, loader: DataLoader, truth: COCO, sigmas: Sequence
             print(f"{len(by_image)}/{len(loader.dataset)} images  {rate:.1f} img/s",
                   end="\n" if len(by_image) == len(loader.dataset) else "\r", flush=True)
     shares, metrics = gather((by_image, pixels)), None
-    by_image = {i: found for share, _ in shares for i, found in share.items()}  # no image twice
-    found, either = sum(share for _, share in shares).tolist()
+    by_image = {i: results for part, _ in shares for i, results in part.items()}  # no image twice
+    both, either = sum(counts for _, counts in shares).tolist()
     if not dist.is_initialized() or dist.get_rank() == 0:
         metrics = keypoint_ap(truth, by_image, sigmas)
         if either > 0:
-            metrics["mask_IoU"] = found / either
+            metrics["mask_IoU"] = both / either
     return from_rank_0(metrics), by_image
 
 
@@ -352,8 +352,8 @@ def diagnose(results: list[dict], people: list[dict], passed: np.ndarray,
     fit = np.maximum(upright, 0.9 * exchanged)                                    # (D, M)
     person, free = np.full(len(results), -1), fit.copy()
     while free.max(initial=0) >= FOUND:
-        d, m = np.unravel_index(free.argmax(), free.shape)
-        person[d], free[d], free[:, m] = m, 0, 0
+        i, j = np.unravel_index(free.argmax(), free.shape)
+        person[i], free[i], free[:, j] = j, 0, 0
     kinds = np.where(person >= 0, "best", "background").tolist()
     for d in np.flatnonzero(person < 0):
         if passed[d]:
@@ -365,7 +365,7 @@ def diagnose(results: list[dict], people: list[dict], passed: np.ndarray,
     m = person[d]
     anybody = np.maximum(own, mirrored)[d].max(1, initial=0)                      # (P, K)
     three = np.stack([own[d, m], mirrored[d, m], anybody])                        # (3, P, K)
-    error = np.where(three.max(0) < 0.5, 4, 1 + three.argmax(0))  # (P, K); of equals the first
+    error = np.where(three.max(0) < 0.5, 4, 1 + three.argmax(0))  # (P, K), see KEYPOINT_NUMBERS[2:]
     error[three[0] >= 0.85] = 0
     far = np.linalg.norm(poses[d] - labels[m, :, :2], axis=-1)                    # (P, K) px
     told = [three[0], far <= PCK_SHARE * side[m, None], *(error == i for i in range(5))]

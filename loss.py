@@ -55,11 +55,11 @@ def oks(pred: Tensor, target: Tensor, labeled: Tensor, area: Tensor, sigmas: Ten
     for k in range(len(sigmas)):  # nothing is larger than (...)
         d = pred[..., k, 0] - target[..., k, 0]                                   # (...) px
         near = d * d
-        d = pred[..., k, 1] - target[..., k, 1]  # reused names free large tensors, see assign
+        d = pred[..., k, 1] - target[..., k, 1]  # reused names free large tensors
         near = torch.addcmul(near, d, d) * scale[..., k]
         near = near.clamp(min=-80).exp()  # a CPU's exp is 15 times as slow if it underflows
         total = torch.addcmul(total, near, labeled[..., k])
-    return F.threshold(total, 1e-33, 0.0) / (labeled.sum(-1) + EPS)  # K clamped terms: < 1e-33
+    return F.threshold(total, 1e-33, 0.0) / (labeled.sum(-1) + EPS)  # clamped: < 1e-33 to K = 55
 
 
 def pairwise_iou(people: Tensor, anchors: Tensor) -> Tensor:
@@ -124,13 +124,13 @@ def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, g
         relative /= relative.amax(2, keepdim=True).clamp(min=eps)
     metric = relative.pow_(beta).mul_(scores[:, None].pow(alpha))                 # (B, M, A)
     # 3
-    best = (metric * allowed).topk(min(topk, metric.shape[2]), dim=2).indices     # (B, M, topk)
-    wanted = torch.zeros_like(allowed).scatter_(2, best, True) & allowed          # (B, M, A)
+    top = (metric * allowed).topk(min(topk, metric.shape[2]), dim=2).indices      # (B, M, topk)
+    wanted = torch.zeros_like(allowed).scatter_(2, top, True) & allowed           # (B, M, A)
     # 4
     first = wanted.int().argmax(1)                                                # (B, A)
-    predicted_best = (quality * takers).argmax(1)                                 # (B, A)
+    best_person = (quality * takers).argmax(1)                                    # (B, A)
     claims = wanted.sum(1)                                                        # (B, A)
-    person = torch.where(claims > 1, predicted_best, first).masked_fill(claims == 0, -1)
+    person = torch.where(claims > 1, best_person, first).masked_fill(claims == 0, -1)
     rows = torch.arange(people.shape[1], device=person.device)[:, None]           # (M, 1)
     owned = person[:, None] == rows                                               # (B, M, A)
     # 5
@@ -208,8 +208,8 @@ class PoseLoss:
 
     The caller divides the gradient once per optimizer step, by the sum of assigned scores over all
     images of the step, on all processes and in all accumulated batches: only then do these add up
-    to the gradient of one large batch. The mask term, a sum over images, is divided by that too,
-    so it is large at first, while scores are small. A term's name is its field in LossWeights.
+    to the gradient of one large batch. The mask term, a sum over images, is divided by that, too:
+    it is large while scores are small. A term's name is its field in LossWeights; distill's differ.
 
     reference=True follows the original exactly, for crowds and in the assigner (see assign).
     Otherwise crowd regions and people without labeled keypoints are ignore regions: an anchor in
@@ -298,8 +298,8 @@ class PoseLoss:
 
         kd_cls   all anchors: the class loss with the teacher's score as the soft target; weighted
                  3 times LossWeights.cls, which made students better than 1 time
-        kd_box   Kullback-Leibler divergence of the box distributions, mean over the four sides
-        kd_pose  1 - OKS to the teacher's keypoints, weighted by the teacher's keypoint scores
+        kd_box   Kullback-Leibler divergence of box distributions, mean of the sides; iou's weight
+        kd_pose  1 - OKS to the teacher's keypoints, weighted by their scores; pose_reg's weight
 
         kd_box and kd_pose take the anchors that the teacher scores at least conf, at most `slots`
         per image, weighted by that score. raw and teacher_raw are model.RawOutput after promote(),

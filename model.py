@@ -1,6 +1,6 @@
 """The YOLO-NAS-Pose network and the meaning of its outputs.
 
-Owns every nn.Module, the table of sizes, decode (raw outputs to pixels), BatchNorm synced over
+Owns every layer, the table of sizes, decode (raw outputs to pixels), BatchNorm synced over
 processes, and checkpoint files: reads and writes ours, reads official ones. Knows nothing about
 targets, losses, thresholds or images.
 
@@ -412,9 +412,9 @@ class SyncNorm(torch.autograd.Function):
         sums = torch.stack([wide.sum((0, 2, 3)), (wide * normed).sum((0, 2, 3))])   # (2, C)
         means = sums.clone()
         dist.all_reduce(means)
-        low, tilt = (means / total)[..., None, None]                              # (C, 1, 1) each
-        out = (wide - normed.mul_(tilt)).sub_(low).mul_((weight * scale)[:, None, None])
-        return out.to(x.dtype), sums[1], sums[0], None
+        mean, slope = (means / total)[..., None, None]                            # (C, 1, 1) each
+        out = (wide - normed.mul_(slope)).sub_(mean).mul_((weight * scale)[:, None, None])
+        return out.to(x.dtype), sums[1], sums[0], None  # of this process: train_step sums
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     shape: str = "linear"       # of the warmup: linear, power or cosine
     gamma: float = 2.0          # exponent, for shape power
     decay: str = "cosine"       # after the warmup: cosine, step or flat
-    drops: tuple = ()           # for decay step: steps at which the rate is multiplied by `drop`
+    drops: tuple | list = ()    # for decay step: steps at which the rate is multiplied by `drop`
     drop: float = 0.1
     restarts: int = 0           # how often warmup and decay start again (SGDR)
 
@@ -88,8 +88,8 @@ def lr_share(step: int, plan: Plan) -> float:
 
 
 class WarmupEnd:
-    """The step at which the warmup ends. If dynamic, the end moves a tenth of the plan later after
-    each tenth in which the loss did not fall, up to 3 times the plan and at most to step `most`."""
+    """The step at which the warmup ends. If dynamic, the end moves a tenth of `planned` later
+    after each tenth in which the loss did not fall, up to 3 times that, at most to step `most`."""
 
     def __init__(self, planned: int, dynamic: bool = False, most: float = math.inf):
         self.planned, self.dynamic, self.end = planned, dynamic, planned
@@ -122,7 +122,7 @@ def sigma_scale(step: int, steps: int, start: float) -> float:
 
 
 def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
-    """{optimizer step: the epoch that it completes}, steps and epochs counted from 1."""
+    """{optimizer step: the last epoch that it completes}, steps and epochs counted from 1."""
     return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
 
 

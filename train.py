@@ -78,7 +78,7 @@ FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
 # SGD has Ultralytics' values: in the warmup, momentum and rates rise, but the biases' rate falls.
 OPTIMIZERS = {"adamw": {}, "sgd": {"lr": 0.01, "lr_batch": 64, "momentum": 0.937,
                                    "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}}
-# A few minutes on two CPU cores: small images; the keypoint tolerance narrows nearly to the end.
+# For two CPU cores: small images; the keypoint tolerance narrows nearly to the end.
 DEMO = {"image_size": 96, "epochs": 8, "batch_size": 16, "lr_batch": 16, "lr": 2.5e-3,
         "augment": "flip", "eval_every": 2, "warmup": "50", "ema_decay": 0.99, "sigma_epochs": 7.5}
 
@@ -211,7 +211,7 @@ FLAGS = {
         ("out", str, OUT, "folder of checkpoints, log.jsonl, pictures"),
         ("resume", bool, False, "continue the run in --out with its flags; of these only "
          f"{', '.join(MAY_CHANGE).replace('_', '-')} may be changed"),
-        ("dry-run", bool, False, "check the data, train up to 20 steps, print plan and ETA, "
+        ("dry-run", bool, False, "check the data, train 20 or --max-steps steps, print plan, ETA, "
          "draw curves and the first batch into OUT/dry_run; nothing else"),
         ("save-every", int, None, "steps between checkpoints within an epoch"),
         ("save-epochs", numbers, [], "keep the averaged weights after these epochs, like 300,500"),
@@ -293,7 +293,7 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
     """Set every flag that was not given. Return where each value came from."""
     defaults = {name.replace("-", "_"): default for rows in FLAGS.values()
                 for name, _, default, _ in rows}
-    size = args.model or defaults["model"]
+    size, optimizer = args.model or defaults["model"], args.optimizer or defaults["optimizer"]
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     rows = (  # (source, does it apply?, values); later rows win
@@ -301,14 +301,14 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
         (f"recipe {size}", True, RECIPES[size]),
         ("from scratch, untested", size in ("m", "l") and not args.weights, FROM_SCRATCH),
         ("demo", not args.data and not args.train_json, DEMO),
-        (args.optimizer, True, OPTIMIZERS[args.optimizer or defaults["optimizer"]]),
+        (optimizer, True, OPTIMIZERS[optimizer]),
         ("reference", args.recipe == "reference", {"sigma_epochs": 0.0}),
         ("dry run", args.dry_run, {"max_steps": 20, "log_every": 20}),
         ("machine", True, {"workers": min(max(share - 1, 1), 8)}))
     source = {}
     for name in defaults:
         source[name] = "flag" if name in args.given else "saved" if args.resume else "default"
-        if getattr(args, name, None) is None:
+        if getattr(args, name) is None:
             source[name], row = next((origin, row) for origin, applies, row in reversed(rows)
                                      if applies and name in row)
             setattr(args, name, row[name])
@@ -402,7 +402,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         args.data = "drawn_people"
         from_rank_0(draw_dataset(args.data) if rank == 0 else None)  # the others wait
     sets = []
-    for split, name in (("train", args.train_split), ("val", args.val_split)):
+    for split, name in ("train", args.train_split), ("val", args.val_split):  # train: its skeleton
         path, folder = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if not (path and folder):
             default_path, default_folder = find_split(args.data, name)
@@ -501,7 +501,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     """
     waited, image_ids, errors = 0.0, [], []
     flat, tail = gradients
-    sums, device = tail[:-2], flat.device  # score sum and terms; bad and stop follow
+    sums, device = tail[:-2], flat.device  # views of flat: all processes' from all_reduce on
     half = torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "no")
     flat.zero_()
     before = copies(list(model.buffers()))
@@ -539,8 +539,8 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
     gradient = flat[:-len(tail)]
     gradient *= args.batch_size / sums[0].clamp(min=1)
     norm = torch.linalg.vector_norm(gradient)
-    both = torch.cat([mine, tail, norm[None]]).tolist()  # waits for the GPU, once a step
-    mine, (*total, bad, stops, norm) = both[:len(mine)], both[len(mine):]
+    values = torch.cat([mine, tail, norm[None]]).tolist()  # waits for the GPU, once a step
+    mine, (*total, bad, stops, norm) = values[:len(sums)], values[len(sums):]
     finite = math.isfinite(norm) and all(map(math.isfinite, total))
     if finite:
         if norm > args.clip_norm:
@@ -604,7 +604,7 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
             raise ValueError(f"--{name.replace('_', '-')} {new} differs from the {old} of the run "
                              f"in {args.out}; leave it out, or start a new run in another --out")
     asked = {"workers"} & {*saved["args"].get("given", ())}  # else this machine's number
-    here = {"out", "resume", "given", "max_steps", *args.given, *{"workers"} - asked}
+    here = {"out", "resume", "given", "max_steps", *args.given, *({"workers"} - asked)}
     here |= set(PATHS) if "data" in here else set()
     vars(args).update({name: v for name, v in saved["args"].items() if name not in here})
     args.given += asked
@@ -826,19 +826,19 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, e
     """
     dataset = loader.dataset
     metrics, by_image = evaluate(ema.model, loader, truth, dataset.skeleton.sigmas)
-    best, at.evaluated = stopper.best, epoch
-    # While AP is near 0, keypoints already improve: OKS says which weights are better.
+    before, at.evaluated = stopper.best, epoch
+    # While AP is near 0, OKS says which weights are better; below 0, as Log.end expects.
     score = metrics["AP"] if metrics["AP"] > 0.001 else metrics["OKS"] - 1
     stopper.update(score, epoch)
     listed = [f"best_{e}.pt" for _, e in at.best]
     at.best = sorted([*at.best, [score, epoch]], reverse=True)[:args.average_best]
     if rank == 0:
-        log.evaluation(at.step, "epoch", epoch, metrics, stopper.best > best)
+        log.evaluation(at.step, "epoch", epoch, metrics, stopper.best > before)
         save_people(f"{args.out}/predictions.jpg", dataset,
                     [(0, i) for i in range(min(16, len(dataset)))], ema.model)
         log.report(extremes(ema.model, dataset, truth, by_image))
         content = {**about, "model": ema.model.state_dict(), "step": at.step, "AP": metrics["AP"]}
-        if stopper.best > best:
+        if stopper.best > before:
             write_atomically(f"{args.out}/best.pt", content)
         for name in os.listdir(args.out) if args.average_best else ():
             if re.fullmatch(r"best_\d+\.pt", name) and name not in listed:
@@ -923,6 +923,7 @@ def main() -> None:
             save_people(f"{args.out}/first_batch.jpg", train_set, next(stream(*place)))
     written, asked, parent = at.step, catch_signals(), os.getppid()
     while not stopper.over(at.evaluated):
+        # First what is due after the last step: a run killed meanwhile does it on --resume.
         epoch = 0 if args.dry_run else ends.get(at.step, 0)
         due = epoch or at.step == stop or at.step % (args.save_every or stop) == 0
         if due and at.step > written:
