@@ -392,10 +392,10 @@ def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None
         flip[a], flip[b] = b, a
     default = COCO_SIGMAS if names == COCO_NAMES else [DEFAULT_SIGMA] * len(names)
     sigmas = sigmas or category.get("sigmas") or default
-    right = isinstance(sigmas, list) and all(isinstance(s, (int, float)) for s in sigmas)
-    if not right or len(sigmas) != len(names) or not all(0 < s < math.inf for s in sigmas):
-        raise ValueError(f"{len(sigmas) if right else 'wrong'} sigmas for {len(names)} keypoints; "
-                         f"expected one positive number for each of {', '.join(names)}")
+    if (not isinstance(sigmas, list) or len(sigmas) != len(names) or not all(
+            isinstance(s, (int, float)) and 0 < s <= 1 for s in sigmas)):
+        raise ValueError(f"sigmas {str(sigmas)[:60]} for {len(names)} keypoints; expected one, "
+                         f"above 0 and at most 1, for each of {', '.join(names)}")
     edges = category.get("skeleton") or []
     if not isinstance(edges, list) or not all(isinstance(edge, list) and len(edge) == 2 and all(
             isinstance(end, int) and 1 <= end <= len(names) for end in edge) for edge in edges):

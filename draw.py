@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 LEFT, RIGHT, MIDDLE = (255, 140, 0), (0, 190, 255), (120, 230, 80)  # sides of the person
-BOX, IGNORED, BLACK = (255, 255, 255), (170, 170, 170), (0, 0, 0)
+BOX, IGNORED, BLACK = (255, 255, 255), (100, 100, 100), (0, 0, 0)
 # Of curves; dashes are for those beyond eight. Contrast with white and near black: at least 3.8:1.
 COLORS = ("#2f7fd1", "#d4600f", "#149070", "#c2589b", "#a07c0a", "#7f72d6", "#d0454c", "#78818a")
 DASHES = ("none", "6 3", "2 3")
@@ -400,10 +400,12 @@ def card_page(card: dict) -> str:
             key: f"{value:.{digits}f}" if isinstance(value, float) and value != -1 else value
             for key, value in row.items() if key not in (name, group)} for row in rows])
 
-    gains = sorted((row for row in card["errors"] if "gain" in row), key=lambda row: -row["gain"])
+    gains = sorted((row for row in card["errors"] if row.get("gain", 0) >= 0.0005),
+                   key=lambda row: -row["gain"])
     images, labeled = (row["images"] for row in card["scores"][:2])
     text = CARD.format(
-        worst=", ".join(f"{row['kind']} ({row['of']}) by {row['gain']:.3f}" for row in gains[:3]),
+        worst=", ".join(f"{row['kind']} ({row['of']}) by {row['gain']:.3f}" for row in gains[:3])
+        or "nothing alone",
         scores=table(card["scores"], "which", "group"), errors=table(card["errors"], "kind", "of"),
         keypoints=table(card["keypoints"], "keypoint", digits=2),
         images=images, empty=images - labeled, **card["speed"])
@@ -534,7 +536,7 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
         yield "AP and OKS may fall while the tolerance narrows (--sigma-epochs): raise --patience"
     pair = [i != j for i, j in enumerate(skeleton.flip)]
     alone = [name for name, paired in zip(skeleton.names, pair)
-             if not paired and name.startswith(("left", "right"))]
+             if not paired and re.search("left|right|(^|_)[lr](_|$)", name.lower())]
     if alone or args.flip_pairs is None and not any(pair) and len(pair) > 1:
         what = f"{', '.join(alone[:3])}: in no pair." if alone else "is there no left and right?"
         yield f"{what} Name all pairs in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"

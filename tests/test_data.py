@@ -586,10 +586,11 @@ def test_flip_pairs_and_sigmas_come_from_names_the_json_or_flags():
     for bad in ("nose:elbow", "nose", "nose:nose", "nose:left_eye,nose:right_eye"):
         with pytest.raises(ValueError, match="flip pair"):
             read_skeleton(coco, bad)
-    with pytest.raises(ValueError, match="2 sigmas for 4 keypoints"):
+    with pytest.raises(ValueError, match=r"sigmas \[1, 1\] for 4 keypoints"):
         read_skeleton(coco, sigmas=[1, 1])
-    for key, bad, message in (("sigmas", 5, "wrong sigmas"), ("sigmas", ["x"] * 4, "wrong sigmas"),
-                              ("sigmas", [math.nan] * 4, "4 sigmas"),
+    for key, bad, message in (("sigmas", 5, "sigmas 5"), ("sigmas", ["x"] * 4, "sigmas .'x'"),
+                              ("sigmas", [math.nan] * 4, "sigmas .nan"),
+                              ("sigmas", [25] * 4, "at most 1"),
                               ("skeleton", 5, "skeleton 5"), ("skeleton", [[0, 1]], "skeleton")):
         with pytest.raises(ValueError, match=message):
             read_skeleton({"categories": [{**coco["categories"][0], key: bad}]})

@@ -356,6 +356,9 @@ PATIENT = {"patience": 9, "sigma_epochs": 5.0, "epochs": 9}
 @pytest.mark.parametrize("names, flip, said", [
     (["nose"], [0], ""), (["a", "b"], [1, 0], ""), (["left_a", "right_a"], [1, 0], ""),
     (["a", "b"], [0, 1], "is there no left and right?"),
+    (["left_eye", "right_eye", "mouth_left", "mouth_right"], [1, 0, 2, 3], "mouth_left, mouth_r"),
+    (["left_eye", "right_eye", "l_fin", "fin_R"], [1, 0, 2, 3], "l_fin, fin_R: in no pair."),
+    (["left_eye", "right_eye", "collar", "upper_lip"], [1, 0, 2, 3], ""),
     (["left_a", "right_a", "finL", "finR"], [0, 1, 3, 2], "left_a, right_a: in no pair.")])
 def test_a_plan_doubts_sides_without_a_twin(names, flip, said):
     skeleton = Namespace(names=names, flip=flip, sigmas=[0.05, 0.06])

@@ -425,7 +425,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "no such file; expected a checkpoint"),
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
-    (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "2 sigmas for 17 keypoints"),
+    (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "sigmas [0.1, 0.2] for 17 keypoints"),
     (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "--warmup 2 is 2 steps, of a run"),
     (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
     (["--data", "PEOPLE", "--out", __file__ + "/run"], 1, "Not a directory"),
