@@ -15,7 +15,6 @@ resumed run equals an unbroken one bit for bit: a sample depends on (seed, epoch
 learning rate on the step, and the checkpoint holds everything else.
 """
 import argparse
-import copy
 import datetime
 import errno
 import fcntl
@@ -261,7 +260,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             check(name, value >= 0, "must be 0 or more")
             check(name, value > 0 or name not in POSITIVE, "must be positive")
             check(name, value <= 1 or name not in SHARES, "must lie in 0 to 1")
-            check(name, value < 1 or "momentum" not in name, "must be less than 1")
+            check(name, value < 1 or "momentum" not in name and name != "ema_decay",
+                  "must be less than 1")
             check(name, value < 2**63 or name in ("clip_norm", "max_lr"), "is too large")
     check("out", args.out != "", "must name a folder")
     size = args.image_size or 32
@@ -276,6 +276,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for names, fine, flag in (
             ({"teacher_model", "distill_weight"}, args.teacher is not None, "teacher"),
             ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
+            ({"final_ratio"}, args.schedule in (None, "cosine") or args.restarts,
+             "schedule cosine"),
+            ({"lr_batch"}, args.lr_scale != "none", "lr-scale linear or sqrt"),
             ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power"),
             (slowed, args.mask, "mask")):
         for name in sorted(values.keys() & names):
@@ -430,7 +433,9 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         changes["scale"] = (1 - args.scale, 1 + args.scale)
         if not augment.affine:  # the strength has no turns and shifts: zoom only
             changes |= {"affine": 1.0, "degrees": 0.0, "translate": 0.0}
-    augment = augment._replace(last_mosaic=args.epochs - args.close_mosaic, **changes)
+    if args.close_mosaic:
+        changes["last_mosaic"] = args.epochs - args.close_mosaic
+    augment = augment._replace(**changes)
     cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)
     caches = [Cache(a, folder, args.image_size, args.cache) if cached else None
               for a, folder, *_ in sets]
@@ -819,7 +824,7 @@ def mean_of(files: list[str]) -> dict[str, Tensor]:
 def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, ema: EMA,
                  loader: DataLoader, truth: COCO, stopper: EarlyStopping, log: Log, about: dict,
                  rank: int) -> None:
-    """Evaluate the averaged weights (EMA) and keep the best; at the end, average the best epochs.
+    """Evaluate the averaged weights (EMA), and keep the best.
 
     A best_EPOCH.pt that drops out of `at.best` is removed at the next evaluation: until then a
     checkpoint may still need it.
@@ -845,15 +850,18 @@ def finish_epoch(args: argparse.Namespace, at: argparse.Namespace, epoch: int, e
                 os.remove(f"{args.out}/{name}")
         if [score, epoch] in at.best:
             write_atomically(f"{args.out}/best_{epoch}.pt", content)
-    if at.best and (epoch == args.epochs or stopper.over(epoch)):
-        files = [f"{args.out}/best_{e}.pt" for e in sorted(e for _, e in at.best)]
-        model = copy.deepcopy(ema.model)
-        model.load_state_dict(from_rank_0(mean_of(files) if rank == 0 else None))
-        metrics, _ = evaluate(model, loader, truth, dataset.skeleton.sigmas)
-        if rank == 0:
-            log.evaluation(at.step, "average of", len(files), metrics)
-            write_atomically(f"{args.out}/average.pt",
-                             {**content, "model": model.state_dict(), "AP": metrics["AP"]})
+
+
+def average_best(args: argparse.Namespace, at: argparse.Namespace, model: nn.Module,
+                 loader: DataLoader, truth: COCO, log: Log, about: dict, rank: int) -> None:
+    """Load the mean of the best epochs' weights into model, evaluate it, write average.pt."""
+    files = [f"{args.out}/best_{e}.pt" for e in sorted(e for _, e in at.best)]
+    model.load_state_dict(from_rank_0(mean_of(files) if rank == 0 else None))
+    metrics, _ = evaluate(model, loader, truth, loader.dataset.skeleton.sigmas)
+    if rank == 0:
+        log.evaluation(at.step, "average of", len(files), metrics)
+        write_atomically(f"{args.out}/average.pt", {
+            **about, "model": model.state_dict(), "step": at.step, "AP": metrics["AP"]})
 
 
 def main() -> None:
@@ -970,6 +978,8 @@ def main() -> None:
         if result.stop:
             save()
             break
+    if at.best and (at.evaluated >= args.epochs or stopper.over(at.evaluated)):
+        average_best(args, at, ema.model, val_loader, truth, log, about, rank)
     if rank == 0:
         log.end(at.step, at.evaluated, args.epochs, stopper, args.out)
     if dist.is_initialized():

@@ -543,6 +543,21 @@ def test_while_ap_is_0_the_best_epochs_are_those_of_highest_oks(data, tmp_path, 
     assert next(scores, None) is None and (tmp_path / "average.pt").exists()
 
 
+def test_a_resume_that_ends_at_an_evaluation_already_done_averages_too(data, tmp_path, monkeypatch,
+                                                                       capsys):
+    scores = iter((0.3, 0.2, 0.25))
+    monkeypatch.setattr(t, "evaluate", lambda *_: ({"AP": 0.0, "OKS": next(scores)}, {}))
+    monkeypatch.setattr(t, "extremes", lambda *_: [])
+    run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
+             4, "--workers", 0, "--eval-every", 1, "--average-best", 2, "--max-steps", 6)
+    assert not (tmp_path / "average.pt").exists()
+    run_here(monkeypatch, "--out", tmp_path, "--resume", "--patience", 1)
+    average = checkpoint(tmp_path, "average.pt")["model"]
+    one, two = (checkpoint(tmp_path, f"best_{epoch}.pt")["model"] for epoch in (1, 2))
+    assert all(torch.allclose(average[n], (one[n] + two[n]) / 2) for n in one if "num" not in n)
+    assert "average of 2  AP 0.000" in capsys.readouterr().out and next(scores, None) is None
+
+
 def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data, tmp_path,
                                                                             monkeypatch, capsys):
     out, resume = tmp_path / "run", ("--out", tmp_path / "run", "--resume")

@@ -415,6 +415,9 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--seed", "9" * 20], 2, "is too large"),
     (["--resume", "--dry-run"], 2, "--resume goes on with a run"),
     (["--distill-weight", "2"], 2, "has no effect without --teacher"),
+    (["--ema-decay", "1"], 2, "--ema-decay 1.0 must be less than 1"),
+    (["--schedule", "flat", "--final-ratio", "0.5"], 2, "no effect without --schedule cosine"),
+    (["--lr-scale", "none", "--lr-batch", "64"], 2, "no effect without --lr-scale linear or sqrt"),
     (["--lr-steps", "2"], 2, "--lr-steps [2.0] has no effect without --schedule step"),
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--batch-size", "1", "--image-size", "64", "--multi-scale", "0.5"], 1,
@@ -554,8 +557,11 @@ def test_a_part_thaws_after_its_epochs_in_a_run(small, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("strength, base", [("heavy", MOSAIC_HEAVY), ("flip", FLIP)])
 def test_augmentation_flags_change_one_number_of_the_strength(small, strength, base):
     """Where there was no zoom, turn or shift, there is a zoom and nothing else."""
-    args = parse_args(["--data", str(small / "people"), "--augment", strength, "--scale", "0.9",
-                       "--mosaic", "0", "--epochs", "20", "--close-mosaic", "5"])
+    flags = ["--data", str(small / "people"), "--augment", strength, "--epochs", "20"]
+    args = parse_args(flags)
+    fill_recipe(args)
+    assert open_data(args, 0)[0].augment == base
+    args = parse_args([*flags, "--scale", "0.9", "--mosaic", "0", "--close-mosaic", "5"])
     fill_recipe(args)
     augment = open_data(args, 0)[0].augment
     assert augment == base._replace(mosaic=0.0, scale=(1 - 0.9, 1 + 0.9), last_mosaic=15,
