@@ -322,9 +322,9 @@ def swapped(xy: np.ndarray, labeled: np.ndarray, widths: np.ndarray, flip: list)
     return found
 
 
-def describe(dataset: "CocoPose") -> list[str]:
-    """Lines that describe a data set and its flaws before training. Opens 1,000 to
-    2,000 images, or all of a smaller set."""
+def describe(dataset: "CocoPose", use: str) -> list[str]:
+    """Lines that describe a data set, its use and flaws. Opens 1,000 to 2,000 images, or all
+    of a smaller set."""
     a, size, names = dataset.annotations, dataset.size, dataset.skeleton.names
     labeled, xy = a.keypoints[..., 2] > 0, a.keypoints[..., :2]                   # (T, K, ...)
     people, unlabeled = labeled.any(1) & ~a.crowd, ~labeled.any(1) & ~a.crowd    # (T,), (T,)
@@ -359,7 +359,7 @@ def describe(dataset: "CocoPose") -> list[str]:
               "broken images": broken}
     shares = labeled[people].sum(0) / max(people.sum(), 1)                        # (K,)
     few, middle, many = np.quantile(side[people] if people.any() else [0], [0.05, 0.5, 0.95])
-    return [f"people        {people.sum()} labeled, {unlabeled.sum()} without keypoints, "
+    return [f"{use:14}{people.sum()} people labeled, {unlabeled.sum()} without keypoints, "
             f"{a.crowd.sum()} crowds; {len(a.ids) - len(np.unique(image[people]))} images show "
             f"nobody labeled",
             "labeled       " + ", ".join(f"{n} {s:.0%}" for n, s in zip(names, shares)),

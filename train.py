@@ -921,8 +921,7 @@ def main() -> None:
             (total_steps, at.step, stop - at.step, plan.warmup, widen_steps), peak_lr,
             f"{device}, torch {torch.__version__}"))
         if args.dry_run:
-            for use, dataset in ("to train on", train_set), ("to evaluate", val_set):
-                say("\n".join([f"labels        {use}", *describe(dataset)]))
+            say("\n".join(describe(train_set, "to train on") + describe(val_set, "to evaluate")))
             points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
             write_text(f"{args.out}/curves.svg", svg_curves(points))
     if not args.resume:
@@ -931,8 +930,7 @@ def main() -> None:
             save_people(f"{args.out}/first_batch.jpg", train_set, next(stream(*place)))
     written, asked, parent = at.step, catch_signals(), os.getppid()
     while not stopper.over(at.evaluated):
-        # First what is due after the last step: a run killed meanwhile does it on --resume.
-        epoch = 0 if args.dry_run else ends.get(at.step, 0)
+        epoch = 0 if args.dry_run else ends.get(at.step, 0)  # the last step's, also after a resume
         due = epoch or at.step == stop or at.step % (args.save_every or stop) == 0
         if due and at.step > written:
             written = at.step

@@ -493,8 +493,9 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
 
     def said():
         ds = CocoPose(flatten(coco), str(tmp_path), read_skeleton(coco), 200, "center")
-        return "\n".join(data.describe(ds))
-    assert "check" not in said() and "60 labeled, 0 without" in said() and "nose 100%" in said()
+        return "\n".join(data.describe(ds, "to train on"))
+    for line in ("60 people labeled, 0 without", "nose 100%"):
+        assert "check" not in said() and line in said()
     p = annotations[3]["keypoints"]
     p[3:6], p[6:9] = p[6:9], p[3:6]
     annotations[4]["keypoints"][0] = 150
@@ -511,7 +512,7 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
     annotations[11]["bbox"] = [10, 10, 92, 80]
     annotations[12] |= {"bbox": [0, 0, 0, 0], "keypoints": 21 * [0]}
     text = said()
-    for line in ("58 labeled, 2 without keypoints, 1 crowds; 3 images show nobody labeled",
+    for line in ("58 people labeled, 2 without keypoints, 1 crowds; 3 images show nobody labeled",
                  "1 people without keypoints and box, taken for background, like 12.png",
                  "1 people smaller than 8 px at 200 px, like 5.png",
                  "1 boxes that their image has twice, like 6.png",
