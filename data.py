@@ -371,14 +371,14 @@ def describe(dataset: "CocoPose", use: str) -> list[str]:
 
 def read_skeleton(coco: dict, flip_pairs: str = None, sigmas: list[float] = None) -> Skeleton:
     """Names, mirror order, edges and sigmas of a json's category.
-    flip_pairs  "left_a:right_a,left_b:right_b"; otherwise names that start with left_ and right_
+    flip_pairs  "a:b,c:d"; otherwise names that differ in left and right, or Left and Right
     sigmas      K numbers; otherwise the category's, COCO's for COCO's names, or DEFAULT_SIGMA
     Raises ValueError for names that are unknown or in two pairs, and for wrong sigmas or edges."""
     category = coco["categories"][0]
     names = category["keypoints"]
     if flip_pairs is None:
-        pairs = [[n, "right_" + n[5:]] for n in names
-                 if n.startswith("left_") and "right_" + n[5:] in names]
+        twins = [n.replace("left", "right").replace("Left", "Right") for n in names]
+        pairs = [[n, twin] for n, twin in zip(names, twins) if n != twin and twin in names]
     else:
         pairs = [pair.split(":") for pair in flip_pairs.split(",") if pair]
     flip = list(range(len(names)))

@@ -71,9 +71,10 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
     rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, to show on any image
     colors = []
     for i, j in enumerate(flip or range(len(names))):
-        left = names[i].startswith("left") or i < j and not names[j].startswith("left")
-        right = names[i].startswith("right") or i != j
-        colors.append(LEFT if left else RIGHT if right else MIDDLE)
+        left = "left" in names[i].lower() or i < j and "left" not in names[j].lower()
+        right = "right" in names[i].lower() or i != j
+        sided = flip is None or i != j
+        colors.append(LEFT if sided and left else RIGHT if sided and right else MIDDLE)
     for i, ((x1, y1, x2, y2), person) in enumerate(zip(boxes.tolist(), keypoints)):
         seen = person[:, 2] > (0 if scores is None else 0.3)
         lines = [([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], BOX if seen.any() else IGNORED)]
@@ -612,7 +613,7 @@ def main() -> None:
         write_text(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))
     except (ValueError, OSError) as error:
         sys.exit(f"draw.py: {error}")
-    say(f"{args.out}: {sum(map(len, runs.values()))} lines of {len(runs)} runs")
+    say(f"{args.out}: {sum(map(len, runs.values()))} log lines of {len(runs)} runs")
 
 
 if __name__ == "__main__":

@@ -540,13 +540,13 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
     if not fits:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")
     model.load_state_dict(fits, strict=False)
+    by_place = names != old_names and not part and len(names) == len(old_names)
     return {"loaded": [n for n in own if n in fits and n not in part], "in part": part,
             "skipped": [n for n in own if n in state and n not in fits],
             "missing": [n for n in own if n not in state],
             "unused": sorted(set(state).difference(own)),
-            "keypoints by place": list(names) if names != old_names and not part
-            and len(names) == len(old_names) else [],
-            "new keypoints": [n for n in names if n not in old_names] if part else [],
+            "keypoints by place": list(names) if by_place else [],
+            "new keypoints": [n for n in names if n not in old_names and not by_place],
             "kept keypoints": [n for n in names if n in old_names] if part else []}
 
 

@@ -147,8 +147,9 @@ def make_plan(args: argparse.Namespace, images: int,
     if args.schedule == "step" and not args.resume and not any(x < total / cycles for x in drops):
         raise ValueError(f"--schedule step: the rate never drops; --lr-steps {args.lr_steps} must "
                          f"have an epoch below {args.epochs / cycles:g}")
-    return ends, Plan(total, warmup, args.final_ratio, args.warmup_start, args.warmup_shape,
-                      args.warmup_gamma, args.schedule, drops, args.lr_factor, args.restarts)
+    return ends, Plan(total, warmup, final_ratio=args.final_ratio, start_ratio=args.warmup_start,
+                      shape=args.warmup_shape, gamma=args.warmup_gamma, decay=args.schedule,
+                      drops=drops, drop=args.lr_factor, restarts=args.restarts)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int = 0,

@@ -122,7 +122,7 @@ FLAGS = {
         ("val-json", str, None, "labels to evaluate on"),
         ("val-images", str, None, "folder of the images that --val-json names"),
         ("only-people", bool, False, "train only on images with a labeled person"),
-        ("flip-pairs", str, None, "names that a mirror swaps, A:B,C:D; default: left_*, right_*"),
+        ("flip-pairs", str, None, "names that a mirror swaps, A:B,C:D; default: left x, right x"),
         ("sigmas", numbers, None, "spread of each keypoint, for loss and AP, as a share of "
          "sqrt(area); default: the json's, else COCO's for COCO's names, else 0.05"),
         ("image-size", int, None, "side of the padded input, px"),
@@ -529,7 +529,7 @@ def train_step(model: nn.Module, teacher: nn.Module | None, criterion: PoseLoss,
                 told = teacher(images).promote()
             terms |= {name: args.distill_weight * term for name, term in criterion.distill(
                 raw, decoded, told, decode(told), sigma_scale).items()}
-        assert terms.keys() == set(criterion.terms), "a term that loss.py's TERMS do not name"
+        assert terms.keys() == set(criterion.terms), "criterion.terms lacks a term: see make_model"
         # Summed losses are too large for float16; this constant divisor cancels below.
         scaler.scale(sum(terms.values()) / args.batch_size).backward()
         sums += torch.stack([score_sum, *(terms[name] for name in criterion.terms)]).detach()

@@ -579,6 +579,8 @@ def test_flip_pairs_and_sigmas_come_from_names_the_json_or_flags():
     coco = labels([], [], ["nose", "left_eye", "right_eye", "left_hand"])
     assert read_skeleton(coco).flip == [0, 2, 1, 3]
     assert read_skeleton(coco, "nose:left_hand").flip == [3, 1, 2, 0]
+    for left, right in ("left a", "right a"), ("mouth_left", "mouth_right"), ("ALeft", "ARight"):
+        assert read_skeleton(labels([], [], ["nose", right, left])).flip == [0, 2, 1]
     assert read_skeleton(coco).sigmas == [0.05] * 4
     assert read_skeleton(labels([], [], data.COCO_NAMES)).sigmas == data.COCO_SIGMAS
     coco["categories"][0]["sigmas"] = [0.1, 0.2, 0.3, 0.4]

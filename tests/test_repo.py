@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 1011, "model": 592, "loss": 320, "data": 878, "schedule": 298, "evaluate": 664,
-         "draw": 619, "people": 202, "predict": 155, "export": 285}
+LINES = {"train": 1011, "model": 592, "loss": 320, "data": 878, "schedule": 299, "evaluate": 664,
+         "draw": 620, "people": 202, "predict": 155, "export": 285}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
               "evaluate": {"model", "data", "draw"}}
@@ -36,8 +36,8 @@ def test_imports_form_a_tree_of_known_packages(name):
 def test_files_and_functions_can_be_read(name):
     text = (ROOT / f"{name}.py").read_text().splitlines()
     assert name in LINES, "a new file: add it to LINES, and to MAY_IMPORT what it may import"
+    assert [number for number, line in enumerate(text, 1) if len(line) > 100] == []
     assert len(text) <= LINES[name], f"{len(text)} lines; if they must be, raise LINES[{name!r}]"
-    assert max(map(len, text)) <= 100
     for node in ast.walk(FILES[name]):
         if isinstance(node, ast.FunctionDef):
             longest = {"main": 120, "parse_args": 180}.get(node.name, 60)

@@ -223,8 +223,8 @@ def test_ema_decays_are_the_closed_forms():
 
 def test_what_is_not_known_is_not_taken_for_something_else():
     """A row of a table that nobody has written the code for."""
-    with pytest.raises(ValueError, match="'poly' is unknown"):
-        lr_share(0, Plan(100, 10, decay="poly"))
+    with pytest.raises(ValueError, match="'nonsense' is unknown"):
+        lr_share(0, Plan(100, 10, decay="nonsense"))
     with pytest.raises(ValueError, match="'nonsense' is unknown"):
         make_optimizer("nonsense", [{"params": [torch.ones(1)]}], 0.9)
 
