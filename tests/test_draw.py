@@ -359,7 +359,8 @@ PATIENT = {"patience": 9, "sigma_epochs": 5.0, "epochs": 9}
     ("left eye", None, draw.LEFT), ("a", [1, 0], draw.RIGHT)])
 def test_a_keypoint_of_no_pair_is_green_whatever_its_name(name, flip, color):
     picture = draw.draw_people(Image.new("RGB", (480, 480)), np.array([[9, 9, 400, 400]]),
-                               np.array([[[200, 200, 2], [0, 0, 0]]]), [name, "eyeLeft"], [], flip=flip)
+                               np.array([[[200, 200, 2], [0, 0, 0]]]), [name, "eyeLeft"], [],
+                               flip=flip)
     assert picture.getpixel((200, 200)) == color
 
 
