@@ -114,7 +114,7 @@ def test_a_file_that_differs_is_not_written(weights, tmp_path, monkeypatch):
     (["--format", "onnx", "--int8", "--json", "a.json", "--images", "a"], 2),
     (["--format", "pt2", "--out", "."], 2),
     (["--format", "pt2", "--out", "x.onnx"], 2),
-    (["--format", "pt2", "--data", "nowhere"], "no folder nowhere/val2017"),
+    (["--format", "pt2", "--data", "nowhere"], "/nowhere/val2017 or images/val2017 there"),
     (["--format", "pt2", "--weights", "nowhere.pt"], "nowhere.pt"),
     (["--format", "pt2", "--out", "nowhere/x.pt2"], 2),
     (["--format", "pt2", "--weights", "32 px"], "needs at least 64"),
