@@ -359,9 +359,10 @@ def describe(dataset: "CocoPose", use: str) -> list[str]:
               "broken images": broken}
     shares = labeled[people].sum(0) / max(people.sum(), 1)                        # (K,)
     few, middle, many = np.quantile(side[people] if people.any() else [0], [0.05, 0.5, 0.95])
+    empty = np.setdiff1d(np.arange(len(a.ids)), image[people])
+    like = "".join(f", like {a.files[i]}" for i in empty[:1])
     return [f"{use:14}{people.sum()} people labeled, {unlabeled.sum()} without keypoints, "
-            f"{a.crowd.sum()} crowds; {len(a.ids) - len(np.unique(image[people]))} images show "
-            f"nobody labeled",
+            f"{a.crowd.sum()} crowds; {len(empty)} images show nobody labeled{like}",
             "labeled       " + ", ".join(f"{n} {s:.0%}" for n, s in zip(names, shares)),
             f"box sides     {few:.0f}, {middle:.0f}, {many:.0f} px at {size} px (5, 50, 95 % of "
             f"the people; the root of the area)",

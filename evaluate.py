@@ -655,6 +655,7 @@ def main() -> None:
                       "evaluation_s": took}}
         write_text(args.card[:-4] + "json", json.dumps(card, indent=1))
         write_text(args.card, card_page(card))
+        print(f"wrote {args.card}")
 
 
 if __name__ == "__main__":

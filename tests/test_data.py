@@ -512,7 +512,8 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
     annotations[11]["bbox"] = [10, 10, 92, 80]
     annotations[12] |= {"bbox": [0, 0, 0, 0], "keypoints": 21 * [0]}
     text = said()
-    for line in ("58 people labeled, 2 without keypoints, 1 crowds; 3 images show nobody labeled",
+    for line in ("58 people labeled, 2 without keypoints, 1 crowds",
+                 "3 images show nobody labeled, like 7.png",
                  "1 people without keypoints and box, taken for background, like 12.png",
                  "1 people smaller than 8 px at 200 px, like 5.png",
                  "1 boxes that their image has twice, like 6.png",
