@@ -661,7 +661,7 @@ def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> 
             limit = min(gather(limit))  # nodes may not share a disk
             args.batch_size = max(b for b in range(1, limit + 1) if share % b == 0)
         if "accumulate" not in given:
-            args.accumulate = share // args.batch_size
+            args.accumulate = max(share // args.batch_size, 1)
         if total % world_size:
             raise ValueError(f"a step of this run takes {total} images, which {world_size} "
                              f"processes cannot share equally; start a number that divides them")
