@@ -476,8 +476,8 @@ class Log:
         longer = f" --patience {2 * max(stopper.patience, evaluated - epoch)}" if early else ""
         ap = f"best AP {best:.4f}" if best > 0 else f"AP 0.001 or less, best OKS {best + 1:.3f}"
         ap = f"{ap} after epoch {epoch}" if epoch else "not evaluated yet"
-        more = f"; {'longer:' if done else 'go on with'} --resume --out {shlex.quote(out)}{longer}"
-        more = f"{more}{' --epochs N' * done}" if self.path else ""
+        more = f"--resume --out {shlex.quote(out)}{longer}{' --epochs N' * done}"
+        more = f"; {'longer:' if done else 'go on with'} {more}" if self.path else ""
         say(f"{state} at step {step} of {self.total_steps}; {ap}; see {out}{more}")
 
     def skip(self, step: int, skipped: int, result) -> str:

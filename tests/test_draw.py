@@ -462,7 +462,7 @@ def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path, capsys):
         log.end(evaluated, evaluated, 30, stopper, "a b")
         out = capsys.readouterr().out
         assert said in out and ("go on with --resume --out 'a b'" in out) == ("done" not in said)
-        assert ("longer: --resume --out 'a b' --epochs N" in out) == ("done" in said)
+        assert ("longer: --resume --out 'a b' --patience 50 --epochs N" in out) == ("done" in said)
 
 
 def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch, tmp_path):
