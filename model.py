@@ -452,8 +452,9 @@ def load_file(path: str):
     Raises OSError, or ValueError if the file is damaged or needs pickled code, which is never run.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint, as best.pt in a "
-                                f"run's folder; if it has moved, give its new path")
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise FileNotFoundError(f"{path}: {found}; expected a checkpoint, as best.pt in a run's "
+                                f"folder; if it has moved, give its new path")
     with open(path, "rb") as f:
         try:
             wrong = "no archive of torch.save"

@@ -408,6 +408,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--data", "/nowhere"], 1, "no folder /nowhere/train2017"),
     (["--resume", "--out", "/nowhere"], 1, "no intact last.pt or previous.pt in /nowhere"),
     (["--weights", "/nowhere/w.pt", "--data", "PEOPLE"], 1, "no such file; expected a checkpoint"),
+    (["--weights", "RUN", "--data", "PEOPLE"], 1, "run: a folder; expected a checkpoint, as best"),
     (["--weights", __file__, "--data", "PEOPLE"], 1, "no checkpoint of plain tensors"),
     (["--sigmas", "a,b"], 2, "invalid numbers value: 'a,b'"),
     (["--lr-mult", "tail=2"], 2, "tail=2, expected each once: backbone, neck, heads, mask"),
