@@ -33,7 +33,7 @@ def tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """The norm of a - b as a share of b's norm."""
     a, b = a.double(), b.double()
-    return (a - b).norm().item() / max(b.norm().item(), 1e-300)
+    return (a - b).norm().item() / max(b.norm().item(), 1e-30)
 
 
 def report(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[str, bool]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train as t
-from compare import report, tensors
+from compare import apart, report, tensors
 from data import COCO_NAMES
 from model import YoloNasPose, sync_batch_norm
 from people import draw_dataset
@@ -139,15 +139,13 @@ def test_norms_that_are_not_synced_go_on_with_the_mean_of_all_processes(monkeypa
 def largest_difference(a: Path, b: Path) -> tuple[float, str]:
     """Largest relative distance between trained tensors of two runs, and the tensor's name."""
     a, b = checkpoint(a)["model"], checkpoint(b)["model"]
-    return max(((a[n] - b[n]).norm().item() / max(b[n].norm().item(), 1e-30), n) for n in a
-               if a[n].is_floating_point())
+    return max((apart(a[n], b[n]), n) for n in a if a[n].is_floating_point())
 
 
 def distance(a: Path, b: Path) -> float:
     """Relative distance of all trained tensors, laid end to end."""
-    a, b = (torch.cat([t.flatten().double() for t in checkpoint(p)["model"].values()
-                       if t.is_floating_point()]) for p in (a, b))
-    return ((a - b).norm() / b.norm()).item()
+    return apart(*(torch.cat([t.flatten() for t in checkpoint(p)["model"].values()
+                              if t.is_floating_point()]) for p in (a, b)))
 
 
 def same_run(a: Path, b: Path) -> None:
