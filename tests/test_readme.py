@@ -110,6 +110,11 @@ def test_text_labels_become_a_json(here, visibility):
         if not visibility:
             want[:, 6::3] = 2.0 * (want[:, 6::3] > 0)
         np.testing.assert_allclose(got, want, atol=1e-4)
+    for count in 3, 9, 18:  # names that do not fit were spread over the numbers
+        wrong = text.replace(f"names = {CATEGORY['keypoints']}",
+                             f"names = {CATEGORY['keypoints'][:count] + ['x'] * (count - 17)}")
+        with pytest.raises(AssertionError, match=f" numbers for {count} names"):
+            exec(wrong, {})
 
 
 def test_sizes_and_operations_are_the_tables(capsys):
