@@ -90,7 +90,7 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
             pen.ellipse([x - r, y - r, x + r, y + r], None if hollow else color,
                         color if hollow or rim == width else BLACK, max(width // 2, 1))
         if scores is not None:
-            place = np.clip((x1 + 2 * width, y1 + width), (2 * width, width),
+            place = np.clip((x1, y1 - 1.3 * font), (2 * width, width),
                             (image.width - 2.5 * font, image.height - 1.5 * font))
             pen.text(tuple(place), f"{scores[i]:.2f}", BOX, font_size=font,
                      stroke_width=max(width // 2, 1), stroke_fill=BLACK)
@@ -389,6 +389,7 @@ count. Found: somebody whom a detection fits at least roughly (OKS 0.1).</p>{err
 <h2>Keypoints</h2><p>Of found people alone. OKS is 1 on the label and falls to 0 with distance, by
 the person's size and what is usual for the keypoint. PCK is the share within a tenth of the box's
 longer side. Good to miss are shares, and add up to 1.</p>{keypoints}
+<h2>Worst images</h2><p>By the mean OKS of the best detection of each labeled person.</p>{poor}
 <h2>Speed</h2><p>{latency_ms:.1f} ms for one image; {img_s:.1f} images a second in batches of
 {batch}, from pixels in memory to people. The whole evaluation took {evaluation_s:.0f} s.</p>
 <h2>How it was measured</h2><p>{images} images, {empty} of them without labeled people</p>"""
@@ -409,6 +410,7 @@ def card_page(card: dict) -> str:
         or "nothing alone",
         scores=table(card["scores"], "which", "group"), errors=table(card["errors"], "kind", "of"),
         keypoints=table(card["keypoints"], "keypoint", digits=2),
+        poor=table(card["worst images"], "file"),
         images=images, empty=images - labeled, **card["speed"])
     protocol, ap = {"scored by": "pycocotools", **card["protocol"]}, card["metrics"]["AP"]
     title = "nobody labeled" if ap == -1 else f"AP {ap:.3f}"

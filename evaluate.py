@@ -415,6 +415,7 @@ def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) 
     scores     AP and AR of all images, and of groups of images or people
     keypoints  KEYPOINT_NUMBERS of people who were found, each the mean over labeled keypoints
     errors     how many of each kind, and the AP of results without them
+    worst images    the 20 of the least OKS, the mean of best_oks
     """
     scorer, cases = score(truth, by_image, skeleton.sigmas), {}
     category_id = truth.dataset["categories"][0]["id"]
@@ -439,7 +440,11 @@ def make_card(truth: COCO, by_image: dict[int, list[dict]], skeleton: Skeleton) 
         inside = (areas >= low ** 2) & (areas <= high ** 2)
         scores.append({"group": "size", "which": name, "people": int(inside.sum())}
                       | {metric: stats[0][f"{metric}_{name}"] for metric in ("AP", "AR")})
-    return {"scores": scores} | count_errors(truth, cases, stats[0]["AP"], skeleton)
+    oks = {i: float(np.mean(best)) for i, best in best_oks(scorer).items() if best}
+    worst = [{"file": truth.imgs[i]["file_name"], "people": people[i], "OKS": oks[i]}
+             for i in sorted(oks, key=oks.get)[:20]]
+    return {"scores": scores, "worst images": worst} | count_errors(
+        truth, cases, stats[0]["AP"], skeleton)
 
 
 def count_errors(truth: COCO, cases: dict[int, Case], ap: float, skeleton: Skeleton) -> dict:
@@ -592,7 +597,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--metrics", metavar="FILE", help="write the metrics as json")
     add("--results", metavar="FILE", help="write the detections as COCO results")
     add("--card", metavar="FILE.html", help="write a page that explains AP: which detections "
-        "are right and wrong, and why; its numbers go to FILE.json")
+        "are right and wrong, and why, and lists the worst images; its numbers go to FILE.json")
     args = parse(p, argv, 0.01, 16)
     if args.workers < 0:
         p.error(f"--workers {args.workers} must be 0 or more")

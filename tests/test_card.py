@@ -40,7 +40,8 @@ def person(number: int, image_id: int, x: float, y: float) -> dict:
 def scene() -> tuple[dict, dict]:
     """Six images, two people in each of them far from each other, and perfect detections."""
     people = [person(2 * i + j + 1, i, 100 + 900 * j, 50) for i in range(6) for j in range(2)]
-    labels = {"images": [{"id": i, "width": 1500, "height": 500} for i in range(6)],
+    labels = {"images": [{"id": i, "file_name": f"{i}.jpg", "width": 1500, "height": 500}
+                         for i in range(6)],
               "annotations": people, "categories": [CATEGORY]}
     by_image = {i: [{"image_id": i, "category_id": 1, "score": 0.5 + 0.01 * p["id"],
                      "keypoints": list(p["keypoints"])} for p in people if p["image_id"] == i]
@@ -208,6 +209,10 @@ def test_keypoint_oks_and_pck_by_hand():
     nose = math.exp(-30.5 ** 2 / (2 * 10_000 * (2 * 0.026) ** 2))
     assert table["left_ankle"]["OKS"] == pytest.approx((10 + ankle) / 11, abs=1e-12)
     assert table["nose"]["OKS"] == pytest.approx((10 + nose) / 11, abs=1e-12)
+    worst = card["worst images"]
+    assert [row["file"] for row in worst] == ["5.jpg", "0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert [row["OKS"] for row in worst[:3]] == pytest.approx(
+        [1 / 2, (1 + (15 + ankle + nose) / 17) / 2, 1], abs=1e-6) and worst[0]["people"] == 2
     assert table["left_ankle"]["PCK"] == 1 and table["nose"]["PCK"] == 10 / 11
     assert table["all"]["PCK"] == (11 * 17 - 1) / (11 * 17) and table["all"]["labeled"] == 11 * 17
 

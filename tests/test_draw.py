@@ -364,6 +364,14 @@ def test_a_keypoint_of_no_pair_is_green_whatever_its_name(name, flip, color):
     assert picture.getpixel((200, 200)) == color
 
 
+def test_the_score_stands_above_its_box_and_hides_no_keypoint():
+    boxes, points = np.array([[99, 99, 300, 300.0]]), np.array([[[108.0, 106, 1], [250, 250, 1]]])
+    first, second = (np.array(draw.draw_people(Image.new("RGB", (480, 480)), boxes, points,
+                                               ["a", "b"], [[0, 1]], scores=[score]))
+                     for score in (0.44, 0.99))
+    assert (first[98:] == second[98:]).all() and (first[80:98] != second[80:98]).any()
+
+
 @pytest.mark.parametrize("names, flip, said", [
     (["nose"], [0], ""), (["a", "b"], [1, 0], ""), (["left_a", "right_a"], [1, 0], ""),
     (["a", "b"], [0, 1], "is there no left and right?"),
