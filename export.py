@@ -9,8 +9,10 @@ Out     boxes (B, A, 4) x1, y1, x2, y2 and keypoints (B, A, K, 2) x, y in px of 
 Inside  json, in ONNX as metadata, in pt2 as the extra file nanopose.json: the keypoints' names,
         flip, edges, sigmas; image_size and pad: scale an image by image_size / its longer side,
         pad with 127 (bottom_right, or center: all around). fit_image in data.py does exactly this:
-        it reduces by 2, 4, ... (the mean of as many pixels), then resamples bilinearly;
-        conf, iou, pre, post of evaluate.py's select (conf 0.01 is for AP; predict.py takes 0.3)
+        it reduces by 2, 4, ... (the mean of as many pixels), then resamples bilinearly, by just
+        that factor, like Pillow's transform; its resize blurs, and moves keypoints by a pixel;
+        conf, iou, pre, post of evaluate.py's select (these are for AP: predict.py takes conf 0.3,
+        pre 2000, post 300)
 
 Run     onnxruntime.InferenceSession(FILE).run(None, {"images": images}), whose
         get_modelmeta().custom_metadata_map holds one json text for each name; or

@@ -106,7 +106,8 @@ def epochs_of(text: str) -> dict[str, int]:
     """Parse a flag value like backbone:-1,bn into {part: epochs}; 0 means all epochs."""
     found = {part: int(n or 0) for part, _, n in (item.partition(":") for item in text.split(","))}
     if not found.keys() <= {"backbone", "neck", "bn"} or len(found) < len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, bn")
+        raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, bn, alone "
+                                         f"or with epochs, like backbone:5 or backbone:-1")
     return found
 
 
