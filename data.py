@@ -627,7 +627,7 @@ class Cache:
             if total * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > memory:
                 raise ValueError(f"{takes} a process; this machine has {memory / 1e9:.0f} GB; use "
                                  f"--cache disk or none")
-            array = np.frombuffer(mmap.mmap(-1, total), np.uint8)
+            self.map = mmap.mmap(-1, total)
         else:
             files = annotations.files.tolist()
             times = [os.stat(os.path.join(folder, file)).st_mtime_ns for file in files]
@@ -639,20 +639,23 @@ class Cache:
                     if sys.platform == "linux" and have < total:  # else SIGBUS kills on a full disk
                         os.posix_fallocate(f.fileno(), 0, total)
                     f.truncate(total)
+                    self.map = mmap.mmap(f.fileno(), total)
             except OSError as error:
                 if os.access(path, os.W_OK):  # another process may have removed it
                     os.remove(path)
                 raise OSError(f"{takes}, {path}: {error.strerror}; use ram or none") from None
-            array = np.memmap(path, np.uint8, "r+")
-        self.pixels, self.there = np.split(array, self.offsets[-1:])
+        self.pixels, self.there = np.split(np.frombuffer(self.map, np.uint8), self.offsets[-1:])
 
     def read(self, index: int, path: str, width: int, height: int,
              zoom: float) -> tuple[np.ndarray, int]:
         """Like open_image, for image `index` of the set."""
         (w, h), shrink = self.sides[index].tolist(), self.shrinks[index]
-        image = self.pixels[slice(*self.offsets[index:index + 2])].reshape(h, w, 3)
+        begin, end = self.offsets[index:index + 2].tolist()
+        image = self.pixels[begin:end].reshape(h, w, 3)
         if not self.there[index]:
             image[:] = open_image(path, width, height, 1 / shrink)[0]
+            page = begin - begin % mmap.PAGESIZE
+            self.map.flush(page, end - page)  # a crash of the machine may lose what is not on disk
             self.there[index] = 1  # last; two processes at once write the same pixels
         more = shrink_for(zoom * shrink)
         return np.asarray(Image.fromarray(image).reduce(more)) if more > 1 else image, shrink * more

@@ -178,7 +178,11 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, 
                 people += [{"id": 10 * i + n, "image_id": i, **a} for n, a in enumerate(found, 1)]
             with open(f"{folder}/data/annotations/person_keypoints_{name}.json", "w") as f:
                 json.dump({"images": images, "annotations": people, "categories": [CATEGORY]}, f)
-        os.rename(f"{folder}/data", root)
+        try:
+            os.rename(f"{folder}/data", root)
+        except OSError:
+            if not os.path.isdir(root):  # else another process, which draws the same, was faster
+                raise
 
 
 def main() -> None:

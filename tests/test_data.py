@@ -338,6 +338,28 @@ def test_a_cache_is_shared_and_changes_no_sample_that_it_need_not_shrink(kind, t
             data.Cache(annotations, folder, side * 2, kind)
 
 
+def test_a_cached_images_pixels_are_on_disk_before_it_counts_as_there(tmp_path):
+    """Else a crash of the machine could leave an image that is there, and black, for later runs."""
+    coco = dot_images(tmp_path, ".jpg", count=4)
+    annotations = flatten(coco)
+    cache = data.Cache(annotations, str(tmp_path), 32, "disk")
+    real, written = cache.map, []
+
+    class Disk:
+        def flush(self, offset, size):
+            index = len(written)
+            begin, end = cache.offsets[index:index + 2]
+            assert not cache.there[index] and cache.pixels[begin:end].any()
+            assert offset <= begin and end <= offset + size
+            written.append(real.flush(offset, size))  # raises for an offset within a page
+
+    cache.map = Disk()
+    for index in [0, 1, 2, 3, 2]:
+        cache.read(index, str(tmp_path / str(annotations.files[index])),
+                   *annotations.sizes[index].tolist(), 1.0)
+    assert len(written) == 4 and cache.there.all()
+
+
 def slow_warp(image, matrix, region, size, color):
     """warp pixel by pixel: a mean of the four nearest centers, gray beyond the edge."""
     canvas, inverse = np.full((size, size, 3), 127.0), np.linalg.inv(matrix)

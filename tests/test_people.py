@@ -161,6 +161,21 @@ def test_the_command_draws_as_many_as_asked_for(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["tiny"]
 
 
+def test_of_two_processes_that_draw_at_once_both_go_on(tmp_path, monkeypatch):
+    root, real = tmp_path / "set", json.dump
+
+    def other_is_faster(*given):
+        real(*given)
+        monkeypatch.setattr(json, "dump", real)
+        people.draw_dataset(str(root), 2, 1, 32)
+    monkeypatch.setattr(json, "dump", other_is_faster)
+    people.draw_dataset(str(root), 2, 1, 32)
+    assert os.listdir(tmp_path) == ["set"] and len(list(root.rglob("*.jpg"))) == 3
+    monkeypatch.setattr(os, "rename", lambda *_: os.stat(tmp_path / "not here"))
+    with pytest.raises(FileNotFoundError):
+        people.draw_dataset(str(tmp_path / "other"), 2, 1, 32)
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     pictures = iter([people.draw_image(np.random.default_rng(0), 96)])
     monkeypatch.setattr(people, "draw_image", lambda rng, side: next(pictures))
