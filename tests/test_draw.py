@@ -474,7 +474,7 @@ def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path, capsys):
 
 
 def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch, tmp_path):
-    args = train.parse_args(["--out", str(tmp_path)])
+    args = train.parse_args(["--out", str(tmp_path), "--freeze", "neck,backbone:2,bn:-3"])
     skeleton = Namespace(names=["nose"], flip=[0], sigmas=[0.05])
     report = {"loaded": 9 * ["b"], "in part": ["a"], "skipped": []}
     for env, augment, want, absent in (
@@ -493,6 +493,8 @@ def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch,
         assert f"command       {want}\n" in plan and not any(name in plan for name in absent)
         assert ("degrees" in plan) == (augment.affine > 0)
         assert "in part (rows of the names that both share) 1: a" in plan
+        for part, when in ("neck", "all"), ("backbone", "the first 2"), ("bn", "the last 3"):
+            assert f"\nfrozen        {part}, in {when} epochs\n" in plan
 
 
 def test_the_oks_that_ranks_images_is_the_metrics():
