@@ -594,7 +594,7 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
         f"warmup        {warmup} steps; keypoint tolerance narrows for {narrowing} steps\n"
         f"device        {device}, amp {args.amp}, {args.workers} loader processes")
     for part, n in args.freeze.items():
-        when = f"in the {'first' if n > 0 else 'last'} {abs(n)} epochs" if n else "in all epochs"
+        when = f"in the {'first' if n > 0 else 'last'} {abs(n)} epoch(s)" if n else "in all epochs"
         lines.append(f"frozen        {part}, {when}")
     lines += [f"check         {doubt}" for doubt in doubts(report, skeleton, args, images[0],
                                                            batch[1], steps, device)]

@@ -493,8 +493,9 @@ def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch,
         assert f"command       {want}\n" in plan and not any(name in plan for name in absent)
         assert ("degrees" in plan) == (augment.affine > 0)
         assert "in part (rows of the names that both share) 1: a" in plan
-        for part, when in ("neck", "all"), ("backbone", "the first 2"), ("bn", "the last 3"):
-            assert f"\nfrozen        {part}, in {when} epochs\n" in plan
+        for part, when in ("neck", "all epochs"), ("backbone", "the first 2 epoch(s)"), (
+                "bn", "the last 3 epoch(s)"):
+            assert f"\nfrozen        {part}, in {when}\n" in plan
 
 
 def test_the_oks_that_ranks_images_is_the_metrics():
