@@ -525,13 +525,16 @@ def test_a_full_disk_is_said_in_one_line_and_a_link_stays_one(run, small, offici
     (tmp_path / "link").symlink_to(tmp_path / "far.json")
     run("--metrics", str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "far.json").read_text())
-    for script, flags in (("evaluate.py", ["--data", small / "set", "--workers", "0",
-                                        "--conf", "0", "--results", "r.json"]),
-                          ("predict.py", [small / "set" / "val2017", "--out", "pictures"])):
-        done = subprocess.run(
-            [sys.executable, FOLDER.parent / script, "--weights", official_n, "--model", "n",
-             "--image-size", "64", *flags], cwd=tmp_path, capture_output=True, text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
-        assert done.returncode == 1 and done.stderr.startswith(f"{script}: [Errno 27]"), done
+    runs = {script: subprocess.Popen(
+        [sys.executable, FOLDER.parent / script, "--weights", official_n, "--model", "n",
+         "--image-size", "64", *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
+        for script, flags in (
+            ("evaluate.py", ["--data", small / "set", "--workers", "0", "--conf", "0", "--results",
+                             "r.json"]),
+            ("predict.py", [small / "set" / "val2017", "--out", "pictures"]))}
+    for script, process in runs.items():  # both at once
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 1 and said.startswith(f"{script}: [Errno 27]"), said
     assert {path.name for path in tmp_path.iterdir()} == {"link", "far.json", "pictures"}
     assert not list((tmp_path / "pictures").iterdir())
