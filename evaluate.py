@@ -33,7 +33,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.ops import nms
 
 from data import (COCO_EDGES, COCO_NAMES, PAD_MODES, CocoPose, Skeleton, check_files, collate,
                   find_split, flatten, make_loader, read_json, read_skeleton, undo)
@@ -60,6 +59,7 @@ def select(boxes: Tensor, scores: Tensor, conf: float = 0.01, iou: float = 0.7,
     boxes (A, 4) px, scores (A,). Keeps scores of at least conf, of these the best `pre`, drops
     boxes whose IoU with a better one is above iou, and returns the best `post`.
     """
+    from torchvision.ops import nms  # takes 2 s, for which a misspelt flag would wait
     kept = (scores >= conf).nonzero()[:, 0]                                       # (D,)
     if len(kept) > pre:
         kept = kept[scores[kept].topk(pre).indices]                               # (pre,)
