@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,26 @@ def end(run: subprocess.Popen, code: int = 0) -> str:
     return out + err
 
 
-def run_here(monkeypatch, *flags, patch: str = "") -> None:
-    """The same in this process, one that has imported all; patches of t.to_input are taken back."""
-    monkeypatch.setattr(t, "to_input", t.to_input)
-    exec(patch, {"t": t, "os": os, "torch": torch})
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    t.main()
+def run_here(*flags, patch: str = "", after: int = 0, then: Callable = lambda: None) -> None:
+    """The same in this process, one that has imported all; patches of t.to_input are taken back.
+    When step `after` is logged, `then` is called."""
+    log = t.Log.step
+
+    def step(self, step: int, *given) -> None:
+        log(self, step, *given)
+        if step == after:
+            then()
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(t, "to_input", t.to_input)
+        exec(patch, {"t": t, "os": os, "torch": torch})
+        changes.setattr(t.Log, "step", step)
+        changes.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        try:
+            t.guarded_main()
+        finally:
+            lock = Path(flags[flags.index("--out") + 1], "lock")
+            if lock.exists():
+                lock.open().close()  # which ends this process's lock
 
 
 def checkpoint(folder: Path, name: str = "last.pt") -> dict:
@@ -109,7 +124,11 @@ def norm_share(rank: int, folder: str) -> None:
 
 def test_a_synced_norm_is_one_norm_of_all_images(tmp_path):
     """Also where processes bring unequal numbers, and the mean is 300 times the spread."""
-    torch.multiprocessing.spawn(norm_share, (str(tmp_path),), nprocs=2)
+    other = torch.multiprocessing.get_context("spawn").Process(target=norm_share,
+                                                               args=(1, str(tmp_path)))
+    other.start()
+    norm_share(0, str(tmp_path))
+    other.join()
     norm, *both = norm_images(torch.float64)
     want = norm_some(norm, *both)
     shares = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -183,18 +202,18 @@ def logged_steps(folder: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills: int,
-                    seed: int) -> None:
-    """Compare an unbroken run of 4 epochs, 12 steps, with one that is killed at random moments,
-    every third time in the middle of writing a file."""
+def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills: int, seed: int,
+                    epochs: int = 4) -> None:
+    """Compare an unbroken run, of 3 or more steps an epoch, with one that is killed at random
+    moments, every third time in the middle of writing a file."""
     rng = random.Random(seed)
-    flags = ["--data", data, *FLAGS, "--epochs", 4, "--batch-size", 4 // processes, "--save-every",
-             2, "--eval-every", 1, *flags]
-    unbroken = start(*flags, "--out", folder / "unbroken", processes=processes)
+    flags = ["--data", data, *FLAGS, "--epochs", epochs, "--batch-size", 4 // processes,
+             "--save-every", 2, "--eval-every", 1, *flags]
     run = start(*flags, "--out", folder / "killed", processes=processes)
-    for number, lines in enumerate(sorted(rng.sample(range(1, 15), kills))):
+    for number, lines in enumerate(sorted(rng.sample(range(1, 4 * epochs - 1), kills))):
         deadline = time.time() + 120
         while logged_steps(folder / "killed") < lines and time.time() < deadline:
+            assert run.poll() is None, run.communicate()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.3))
         while number % 3 == 2 and time.time() < deadline and not list(folder.glob("killed/*.tmp")):
@@ -203,7 +222,8 @@ def kill_and_resume(data: Path, folder: Path, flags: list, processes: int, kills
         kill(run)
         run = start("--out", folder / "killed", "--resume", processes=processes)
     end(run)
-    end(unbroken)
+    whole = [*flags, "--out", folder / "unbroken"]
+    train(*whole, processes=processes) if processes > 1 else run_here(*whole)
     same_run(folder / "unbroken", folder / "killed")
 
 
@@ -230,24 +250,22 @@ def data(tmp_path_factory) -> Path:
     return small_set(tmp_path_factory.mktemp("few"), 12, 4)
 
 
-def start_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
-             steps: int = 5, **how) -> subprocess.Popen:
-    return start("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps,
-                 "--workers", 0, "--batch-size", batch, "--accumulate", accumulate, *more,
-                 processes=processes, **how)
-
-
-def run_of(data: Path, out: Path, *given, **how) -> Path:
-    said = end(start_of(data, out, *given, **how))
-    (out / "said").write_text(said)
+def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 1, *more,
+           steps: int = 5, **how) -> Path:
+    flags = ("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--max-steps", steps, "--workers",
+             0, "--batch-size", batch, "--accumulate", accumulate, *more)
+    if processes == 1 and not how:
+        run_here(*flags)
+    else:
+        said = train(*flags, processes=processes, **how)
+        (out / "said").write_text(said)
     return out
 
 
 def test_two_processes_train_the_model_of_one(data, tmp_path):
     one, two = tmp_path / "1x4", tmp_path / "2x2"
-    beside = start_of(data, one, 1, 4, 1, "--double")
+    run_of(data, one, 1, 4, 1, "--double")
     run_of(data, two, 2, 2, 1, "--double", "--sync-check", "2")
-    end(beside)
     assert largest_difference(two, one)[0] <= 1e-10
     logs = [(p / "log.jsonl").read_text().splitlines() for p in (one, two)]
     logs = [[json.loads(line) for line in log] for log in logs]
@@ -259,9 +277,8 @@ def test_two_processes_train_the_model_of_one(data, tmp_path):
 
 def test_accumulation_is_a_larger_batch(data, tmp_path):
     one, two = tmp_path / "1x4", tmp_path / "1x2x2"
-    beside = start_of(data, one, 1, 4, 1, "--double", "--freeze", "bn")
+    run_of(data, one, 1, 4, 1, "--double", "--freeze", "bn")
     run_of(data, two, 1, 2, 2, "--double", "--freeze", "bn")
-    end(beside)
     assert largest_difference(two, one)[0] <= 1e-10
 
 
@@ -330,11 +347,13 @@ t.Log.step, t.EarlyStopping.update, evaluate.keypoint_ap = step, update, keypoin
 """
 
 
-# Whatever a run has to remember, or must draw by step, epoch and index alone.
-STATEFUL = ["--optimizer", "sgd", "--dynamic-warmup", "--restarts", "1", "--ema", "exp", "--mixup",
-            "0.5", "--occlude", "0.5", "--mosaic", "0.5", "--close-mosaic", "1", "--multi-scale",
-            "0.5", "--average-best", "2", "--save-epochs", "3", "--freeze", "backbone:1,bn:-1",
-            "--patience", "3", "--mask", "--distill-weight", "0.5", "--accumulate", "1"]
+# Whatever a run has to remember, or must draw by step, epoch and index alone. The loss of the first
+# 2 of 12 steps does not fall, so that the warmup's end moves.
+STATEFUL = ["--optimizer", "sgd", "--warmup", "2", "--dynamic-warmup", "--restarts", "1", "--ema",
+            "exp", "--mixup", "0.5", "--occlude", "0.5", "--mosaic", "0.5", "--close-mosaic", "1",
+            "--multi-scale", "0.5", "--average-best", "2", "--save-epochs", "2", "--freeze",
+            "backbone:1,bn:-1", "--patience", "3", "--mask", "--distill-weight", "0.5",
+            "--accumulate", "1"]
 
 
 def teacher(folder: Path) -> list:
@@ -346,8 +365,8 @@ def teacher(folder: Path) -> list:
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
-    kill_and_resume(data, tmp_path, [*STATEFUL, *teacher(tmp_path), "--workers", 1], processes=1,
-                    kills=1, seed=0)
+    kill_and_resume(data, tmp_path, [*STATEFUL, *teacher(tmp_path), "--workers", 1,
+                                      "--batch-size", 2], processes=1, kills=1, seed=0, epochs=2)
 
 
 def test_two_checkpoints_are_compared_tensor_by_tensor():
@@ -366,7 +385,7 @@ def test_random_layers_draw_by_step(data, tmp_path, monkeypatch):
     flags = ["--data", data, *FLAGS, "--epochs", 8, "--batch-size", 2, "--workers", 0]
     for out, stops in ((tmp_path / "one", [3]), (tmp_path / "two", [2, 3])):
         for step in stops:
-            run_here(monkeypatch, *(["--resume"] if (out / "last.pt").exists() else flags),
+            run_here(*(["--resume"] if (out / "last.pt").exists() else flags),
                      "--out", out, "--max-steps", step, patch=DROPOUT)
     one, two = (tensors(checkpoint(tmp_path / name)) for name in ("one", "two"))
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
@@ -473,7 +492,7 @@ t.Log.step = step""")
 
 
 def test_one_process_skips_a_step_that_is_not_finite(data, tmp_path, monkeypatch):
-    run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
+    run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
              "--batch-size", 4, "--workers", 0, "--max-steps", 3, patch=NAN_IMAGE)
     state = checkpoint(tmp_path)
     assert (state["step"], state["skipped"]) == (3, 1)
@@ -494,7 +513,7 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, patch, what):
 
 def test_too_many_skipped_steps_end_the_run_and_name_the_images(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
-        run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
+        run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
                  "--batch-size", 2, "--workers", 0, "--max-skipped", 3, patch=ALWAYS_NAN)
     said = str(stopped.value)
     assert "3 steps in a row were not finite (scores, cls" in said and "images" in said
@@ -535,7 +554,7 @@ def test_while_ap_is_0_the_best_epochs_are_those_of_highest_oks(data, tmp_path, 
     scores = iter((0.3, 0.1, 0.2, 0.25))  # the last one is the average's
     monkeypatch.setattr(t, "evaluate", lambda *_: ({"AP": 0.0, "OKS": next(scores)}, {}))
     monkeypatch.setattr(t, "extremes", lambda *_: [])
-    run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
+    run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
              4, "--workers", 0, "--eval-every", 1, "--average-best", 2)
     assert [epoch for _, epoch in checkpoint(tmp_path)["best"]] == [1, 3]
     assert next(scores, None) is None and (tmp_path / "average.pt").exists()
@@ -546,10 +565,10 @@ def test_a_resume_that_ends_at_an_evaluation_already_done_averages_too(data, tmp
     scores = iter((0.3, 0.2, 0.25))
     monkeypatch.setattr(t, "evaluate", lambda *_: ({"AP": 0.0, "OKS": next(scores)}, {}))
     monkeypatch.setattr(t, "extremes", lambda *_: [])
-    run_here(monkeypatch, "--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
+    run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
              4, "--workers", 0, "--eval-every", 1, "--average-best", 2, "--max-steps", 6)
     assert not (tmp_path / "average.pt").exists()
-    run_here(monkeypatch, "--out", tmp_path, "--resume", "--patience", 1)
+    run_here("--out", tmp_path, "--resume", "--patience", 1)
     average = checkpoint(tmp_path, "average.pt")["model"]
     one, two = (checkpoint(tmp_path, f"best_{epoch}.pt")["model"] for epoch in (1, 2))
     assert all(torch.allclose(average[n], (one[n] + two[n]) / 2) for n in one if "num" not in n)
@@ -559,11 +578,11 @@ def test_a_resume_that_ends_at_an_evaluation_already_done_averages_too(data, tmp
 def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data, tmp_path,
                                                                             monkeypatch, capsys):
     out, resume = tmp_path / "run", ("--out", tmp_path / "run", "--resume")
-    run_here(monkeypatch, "--data", data, "--out", out, *FLAGS, "--epochs", 8, "--batch-size", 4,
+    run_here("--data", data, "--out", out, *FLAGS, "--epochs", 8, "--batch-size", 4,
              "--workers", 0, "--save-every", 1, "--max-steps", 2)
     last = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(last[:len(last) // 2])
-    run_here(monkeypatch, *resume, "--max-steps", 3, "--accumulate", 2)
+    run_here(*resume, "--max-steps", 3, "--accumulate", 2)
     said = capsys.readouterr().out
     assert "renamed to last.pt.damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
@@ -571,10 +590,10 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="--lr 0.1 differs from the 0.002"):
-        run_here(monkeypatch, *resume, "--lr", 0.1)
+        run_here(*resume, "--lr", 0.1)
     assert "last.pt is damaged, or no checkpoint" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="takes 4 images, which are not 1 processes x 3"):
-        run_here(monkeypatch, *resume, "--batch-size", 3)
+        run_here(*resume, "--batch-size", 3)
     with pytest.raises(ValueError, match="takes 4 images, which 3 processes cannot share equally"):
         t.cut_batch(argparse.Namespace(**checkpoint(out, "previous.pt")["args"]),
                     checkpoint(out, "previous.pt"), 3)
@@ -591,14 +610,20 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
             t.take_up(dict(state), argparse.Namespace(), {}, "", state["contents"] | {what: "x"})
     torch.save({**state, "args": {**state["args"], "noise": 0.5}}, out / "last.pt")
     with pytest.raises(SystemExit, match="run has noise, which are unknown here"):
-        run_here(monkeypatch, *resume)
+        run_here(*resume)
     state["model"]["new"] = state["model"].pop("heads.head1.cls_pred.bias")
     torch.save(state, out / "last.pt")
     with pytest.raises(SystemExit, match="has another network, loss or .* key"):
-        run_here(monkeypatch, *resume)
-    with open(out / "lock", "w") as held:
-        fcntl.lockf(held, fcntl.LOCK_EX)
-        assert "another process is writing" in train(*resume, code=1)
+        run_here(*resume)
+    fork, held = torch.multiprocessing.get_context("fork"), os.open(out / "lock", os.O_RDWR)
+    locked = fork.Event()
+    other = fork.Process(daemon=True, target=lambda: (fcntl.lockf(held, fcntl.LOCK_EX),
+                                                      locked.set(), time.sleep(60)))
+    other.start()
+    assert locked.wait(30)
+    with pytest.raises(SystemExit, match="another process is writing"):
+        run_here(*resume)
+    other.kill()
 
 
 PERMUTED = """

@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import math
+import multiprocessing
 import os
 import pty
 import resource
@@ -32,7 +33,7 @@ from loss import PoseLoss
 from model import YoloNasPose, decode, load_weights, write_atomically
 from people import draw_dataset
 from schedule import param_groups
-from test_distributed import FLAGS, ROOT, checkpoint, family, same_run
+from test_distributed import FLAGS, ROOT, checkpoint, run_here, same_run
 
 JUNK = [None, -1, 0, 3, 0.5, "x", "", [], {}, [[]], True, math.nan, math.inf, -1e30, 1e308, 2**70,
         [1, 2], {"id": 1}, "../../x", 10**400]
@@ -234,43 +235,29 @@ def data(tmp_path_factory) -> Path:
     return folder / "people"
 
 
-def start(*flags) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], text=True,
-                            stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
 def flags_for(data: Path, out: Path, *more) -> list:
     return ["--data", data, "--out", out, *FLAGS, "--batch-size", "2", "--save-every", "1",
             "--eval-every", "9", *more]
 
 
-def wait_for(run: subprocess.Popen, out: Path, lines: int) -> None:
-    """Until the log has so many lines."""
-    log, deadline = out / "log.jsonl", time.monotonic() + 60
-    while not log.exists() or len(log.read_text().splitlines()) < lines:
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
-        time.sleep(0.01)
-
-
-def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_path):
+def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_path, capsys):
     """Each ends the run, in one line where it can be seen; it goes on to an unbroken run's bits."""
-    whole = start(*flags_for(data, tmp_path / "whole", "--epochs", 2, "--workers", 1))
     out = tmp_path / "run"
-    run = start(*flags_for(data, out, "--epochs", 2, "--workers", 1))
-    wait_for(run, out, 2)
-    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 1 and len(said.splitlines()) == 1
-    assert "File too large" in said and "last.pt" in said and "make room" in said
-    assert not list(out.glob("*.tmp")) and checkpoint(out)["step"] >= 1
+    most, room = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(SystemExit, match="last.pt.*make room") as stopped:
+            run_here(*flags_for(data, out, "--epochs", 2, "--workers", 0), after=2,
+                     then=lambda: resource.setrlimit(most, (5 << 20, room[1])))
+    finally:
+        resource.setrlimit(most, room)
+    assert "File too large" in str(stopped.value) and "\n" not in str(stopped.value)
+    assert not list(out.glob("*.tmp")) and checkpoint(out)["step"] == 1
 
-    run = start("--out", out, "--resume")
-    wait_for(run, out, checkpoint(out)["step"] + 2)
-    for pid in family(run.pid)[1:]:
-        os.kill(pid, signal.SIGKILL)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 1 and "DataLoader worker" in said and "--workers" in said
-    assert len(said.splitlines()) == 1
+    others = multiprocessing.active_children()
+    with pytest.raises(SystemExit, match="DataLoader worker.*--workers") as stopped:
+        run_here("--out", out, "--resume", "--workers", 1, after=3, then=lambda: [
+            loader.kill() for loader in multiprocessing.active_children() if loader not in others])
+    assert "\n" not in str(stopped.value)
 
     def in_a_terminal():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
@@ -286,8 +273,9 @@ def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_
     os.killpg(run.pid, signal.SIGHUP)  # as a shell does, to loader processes, too
     os.close(terminal)  # the system sends SIGHUP, and what the run says from now on is an error
     assert run.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(out)["step"] >= before + 2
-    assert start("--out", out, "--resume").communicate(timeout=100)[1] == ""
-    whole.communicate()
+    run_here("--out", out, "--resume", "--save-every", 99)
+    run_here(*flags_for(data, tmp_path / "whole", "--epochs", 2, "--save-every", 99))
+    assert capsys.readouterr().err == ""
     same_run(tmp_path / "whole", out)
 
 

@@ -26,6 +26,7 @@ from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
 from schedule import epoch_ends, make_optimizer, param_groups
+from test_distributed import run_here
 from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
                    make_model, mean_of, note_bad, open_data, out_of_memory, parse_args, train_step)
 
@@ -61,9 +62,9 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     draw_dataset(str(folder / "people"), train=10, val=6, side=64)
     flags = ["--data", folder / "people", *SMALL]
-    stopped = start(*flags, "--out", folder / "resumed", "--max-steps", 4)
-    (folder / "stdout").write_text(end(start(*flags, "--out", folder / "run")))
-    end(stopped)
+    whole = start(*flags, "--out", folder / "run")
+    run_here(*flags, "--out", folder / "resumed", "--max-steps", 4)
+    (folder / "stdout").write_text(end(whole))
     return folder
 
 
@@ -101,7 +102,7 @@ def test_a_run_says_its_plan_and_leaves_what_it_promised(small):
 
 
 def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_by_bit(small):
-    end(start("--out", small / "resumed", "--resume"))
+    run_here("--out", small / "resumed", "--resume")
     one, two = (torch.load(small / name / "last.pt", weights_only=True)
                 for name in ("run", "resumed"))
     for part in ("model", "ema"):
