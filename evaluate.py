@@ -483,7 +483,8 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
     """The network of a checkpoint with its weights, in eval mode, and a dict of the file's other
     parts: always skeleton (a Skeleton's fields), image_size (px) and pad, as given here or saved.
 
-    size is needed for official files, which name neither it nor keypoints; 17 are taken for COCO's.
+    size is needed for official files, which name neither it nor keypoints (unless a skeleton was
+    added to the file); 17 are taken for COCO's.
     Raises OSError and ValueError.
     """
     state, file = read_weights(path)
@@ -491,7 +492,8 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
         if size is None:
             raise ValueError(f"{path} does not say which size it is; add --model "
                              f"{', '.join(SIZES)} (of a teacher: --teacher-model)")
-        file = {"args": {"model": size}}
+        file = {name: file[name] for name in ("skeleton",) if name in file}
+        file |= {"args": {"model": size}, "unnamed": not file}
     try:
         args, k = file["args"], len(state["heads.head1.pose_pred.bias"]) // 2
         if size not in (None, args["model"]):
@@ -499,7 +501,7 @@ def load_model(path: str, size: str | None = None, image_size: int | None = None
         model = YoloNasPose(args["model"], k, mask="mask.1.bias" in state)
         model.load_state_dict(state)
     except (LookupError, RuntimeError) as error:
-        raise ValueError(f"{path} holds another network, or another size of it: "
+        raise ValueError(f"{path} holds another network, or another size of it (--model): "
                          f"{str(error).splitlines()[-1].strip()}") from None
     if "skeleton" not in file:
         category = ({"keypoints": COCO_NAMES, "skeleton": COCO_EDGES} if k == len(COCO_NAMES) else
@@ -528,7 +530,7 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     """
     labels, skeleton = read_json(path), Skeleton(**file["skeleton"])
     names = labels["categories"][0]["keypoints"]
-    if "format" not in file and len(names) == len(skeleton.names):
+    if file.get("unnamed") and len(names) == len(skeleton.names):
         skeleton = read_skeleton(labels)  # an official file does not say it
     check_names(path, names, skeleton.names)
     masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])

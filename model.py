@@ -527,25 +527,28 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
                  official_names: Sequence[str] = ()) -> dict[str, list[str]]:
     """Copy the tensors of a checkpoint that fit by name and shape into the model.
 
-    names are the model's keypoints. If the file's (official_names if it lists none) differ, the
-    last layers keep the rows of the shared names; if no name is shared but there are as many, they
-    keep all rows by position. Returns the names of tensors: "loaded", "in part", "skipped" (other
-    shape), "missing" (only in the model), "unused" (only in the file); and three lists of keypoint
-    names. Raises as read_weights does; ValueError if nothing fits.
+    names are the model's keypoints. If the file's (if it lists none, but has as many: those of
+    official_names) differ, the last layers keep the rows of the shared names; if no name is shared
+    but there are as many, they keep all rows by position. Returns the names of tensors: "loaded",
+    "in part", "skipped" (other shape), "missing" (only in the model), "unused" (only in the file);
+    and four lists of keypoint names. Raises as read_weights does; ValueError if nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
-    old_names = file["skeleton"]["names"] if "skeleton" in file else official_names
+    rows = state.get("heads.head1.pose_pred.bias", ())
+    unnamed = official_names if len(rows) == 2 * len(official_names) else ()
+    old_names = file["skeleton"]["names"] if "skeleton" in file else unnamed
     other = names != old_names and set(names) & set(old_names)
     part = rows_by_name(state, own, names, old_names) if other else []
     fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
     if not fits:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")
     model.load_state_dict(fits, strict=False)
-    by_place = names != old_names and not part and len(names) == len(old_names)
+    by_place = names != old_names and not part and len(rows) == 2 * len(names)
     return {"loaded": [n for n in own if n in fits and n not in part], "in part": part,
             "skipped": [n for n in own if n in state and n not in fits],
             "missing": [n for n in own if n not in state],
             "unused": sorted(set(state).difference(own)),
+            "names no keypoints, taken for": [] if "skeleton" in file else list(old_names),
             "keypoints by place": list(names) if by_place else [],
             "new keypoints": [n for n in names if n not in old_names and not by_place],
             "kept keypoints": [n for n in names if n in old_names] if part else []}

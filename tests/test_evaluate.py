@@ -169,7 +169,7 @@ def test_a_split_is_opened_as_the_checkpoint_wants_it(drawn, official_n, tmp_pat
     dataset, _ = open_split(str(path), f"{drawn}/val2017", file, masks=True)
     assert (dataset.size, dataset.pad) == (96, "center") and "mask" not in dataset[0, 0]
     labels["categories"][0]["keypoints"] = COCO_NAMES[::-1]
-    file["format"] = "nanopose"  # an official file leaves names to the labels
+    file["unnamed"] = False  # an official file leaves names to the labels
     path.write_text(json.dumps(labels))
     with pytest.raises(ValueError, match="must be the same"):
         open_split(str(path), f"{drawn}/val2017", file)
@@ -186,6 +186,12 @@ def test_official_weights_tuned_to_other_keypoints_take_names_from_the_labels(dr
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     dataset, _ = open_split(str(tmp_path / "labels.json"), f"{drawn}/val2017", file)
     assert dataset.skeleton.names == ["left_fin", "right_fin"] and dataset.skeleton.flip == [1, 0]
+    other = read_skeleton({"categories": [{"keypoints": ["right_fin", "left_fin"]}]})  # put into it
+    torch.save({"net": YoloNasPose("n", 2).state_dict(), "skeleton": other._asdict()},
+               tmp_path / "named.pth")
+    _, file = load_model(str(tmp_path / "named.pth"), "n", 96)
+    with pytest.raises(ValueError, match="the same in another order"):
+        open_split(str(tmp_path / "labels.json"), f"{drawn}/val2017", file)
 
 
 def test_somebody_of_id_0_counts():

@@ -238,6 +238,24 @@ def test_keypoints_of_the_same_name_are_kept_and_speak_as_before(official_n, nam
                                            rtol=0, atol=1e-4)
 
 
+def test_rows_of_a_file_that_names_no_keypoints(tmp_path, official_n):
+    """17 are COCO's; another number stays where it is; names can be put into the file."""
+    animal = ["nose", "tail", *COCO_NAMES[2:]]
+    report = load_weights(YoloNasPose("n"), official_n, animal, COCO_NAMES)
+    assert report["names no keypoints, taken for"] == COCO_NAMES
+    assert report["new keypoints"] == ["tail"]
+    for k, kind in ((17, "named"), (20, "unnamed")):
+        names = [*animal, "a", "b", "c"][:k]
+        file = {"net": YoloNasPose("n", k).state_dict()}
+        path = write(tmp_path, file | ({"skeleton": {"names": names}} if kind == "named" else {}))
+        model = YoloNasPose("n", k)
+        report = load_weights(model, path, names, COCO_NAMES)
+        assert report["names no keypoints, taken for"] == report["new keypoints"] == []
+        assert report["keypoints by place"] == (names if kind == "unnamed" else [])
+        assert len(report["loaded"]) == len(model.state_dict())
+        assert all(torch.equal(t, file["net"][name]) for name, t in model.state_dict().items())
+
+
 def test_averaged_files_count_batches_in_floats(tmp_path):
     name, model = f"{STEM}.post_bn.num_batches_tracked", YoloNasPose("n")
     load_weights(model, write(tmp_path, {"net": {name: torch.tensor(7.0)}}))
