@@ -134,9 +134,11 @@ def faults(coco: dict) -> Iterator[str]:
             seen.add(record["id"])
     named = [category for category in coco["categories"] if category.get("keypoints")]
     if len(named) > 1:
+        same = all(category["keypoints"] == named[0]["keypoints"] for category in named)
         yield (f"{len(named)} categories with keypoints, {str([c['name'] for c in named])[:60]}, "
-               f"expected one; if they name the same, keep one and give all annotations its id as "
-               f"category_id, else keep only one's annotations")
+               f"expected one; " + ("they name the same: keep one and give all annotations its id "
+                                    "as category_id" if same else
+                                    "they name different ones: keep one and its annotations"))
     names = named[0]["keypoints"] if named else None
     if not (isinstance(names, list) and all(isinstance(n, str) for n in names)
             and len(names) == len(set(names))):
@@ -333,6 +335,7 @@ def describe(dataset: "CocoPose", use: str) -> list[str]:
     side = np.sqrt(wide_high.prod(1)) * size / a.sizes[image].max(1)              # (T,) px
     _, first = np.unique(np.column_stack([image, a.boxes]), axis=0, return_index=True)
     outside = labeled & ((xy < 0) | (xy > a.sizes[image][:, None])).any(-1)       # (T, K)
+    beside = labeled & ((xy < a.boxes[:, None, :2]) | (xy > a.boxes[:, None, 2:])).any(-1)  # (T, K)
     over = ((a.boxes < -1) | (a.boxes > 1 + np.tile(a.sizes[image], 2))).any(1)   # (T,)
     broken, turned = [], []
     for i in range(0, len(a.ids), max(len(a.ids) // 1000, 1)):
@@ -346,6 +349,8 @@ def describe(dataset: "CocoPose", use: str) -> list[str]:
     checks = {f"people smaller than 8 px at {size} px": image[people & (side < 8)],
               "boxes that their image has twice": np.delete(image, first),
               "boxes beyond their image, cut there (bbox is x, y, width, height)": image[over],
+              "people with most keypoints outside their box (bbox is x, y, width, height)": image[
+                  people & (beside.sum(1) > labeled.sum(1) / 2)],
               "people without keypoints and box, taken for background": image[
                   unlabeled & (side == 0)],
               "people with a keypoint outside the image, taken for not labeled": image[

@@ -538,6 +538,8 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
                  "3 images show nobody labeled, like 7.png",
                  "1 people without keypoints and box, taken for background, like 12.png",
                  "1 people smaller than 8 px at 200 px, like 5.png",
+                 "1 people with most keypoints outside their box (bbox is x, y, width, height), "
+                 "like 5.png",
                  "1 boxes that their image has twice, like 6.png",
                  "1 people with a keypoint outside the image, taken for not labeled, like 4.png",
                  "1 boxes beyond their image, cut there (bbox is x, y, width, height), like 11.png",
@@ -641,7 +643,9 @@ def with_category(**changes) -> dict:
      "id 1 is there twice"),
     ({**labels([IMAGE], []), "categories": with_category()["categories"] + [
         {"id": 2, "name": "b", "keypoints": ["x"]}]},
-     r"2 categories with keypoints, \['person', 'b'\], expected one; if they name the same, keep"),
+     r"2 categories with keypoints, \['person', 'b'\], expected one; they name different ones"),
+    ({**labels([IMAGE], []), "categories": [{**with_category()["categories"][0], "id": i}
+                                            for i in (1, 2)]}, "they name the same: keep one"),
     (with_category(keypoints=[]), "expected exactly one with keypoint names"),
     (labels([IMAGE], [{**PERSON, "category_id": 2}]), "annotation 7 has category_id 2, expected 1"),
     (labels([IMAGE], [{**PERSON, "iscrowd": "0"}]), "annotation 7 has iscrowd 0, expected 0 or 1"),
