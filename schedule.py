@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     start_ratio: float = 0.0    # share at step 0
     shape: str = "linear"       # of the warmup: linear, power or cosine
     gamma: float = 2.0          # exponent, for shape power
-    decay: str = "cosine"       # after the warmup: cosine, step or flat
+    decay: str = "cosine"       # after the warmup: see lr_share
     drops: tuple | list = ()    # for decay step: steps at which the rate is multiplied by `drop`
     drop: float = 0.1
     restarts: int = 0           # how often warmup and decay start again (SGDR)
@@ -69,10 +69,10 @@ def ramp(step: float, plan: Plan) -> float:
 def lr_share(step: int, plan: Plan) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0.
 
-    Rises from start_ratio at step 0 to 1 at plan.warmup; then a cosine decay falls to final_ratio
-    at the last step, total_steps - 1, and stays there. A restart warms up from final_ratio.
+    Rises from start_ratio at step 0 to 1 at plan.warmup; then a cosine or a line falls to
+    final_ratio at the last step, total_steps - 1, and stays there. A restart warms up from there.
     """
-    if plan.decay not in ("cosine", "step", "flat"):
+    if plan.decay not in ("cosine", "linear", "step", "flat"):
         raise ValueError(f"schedule {plan.decay!r} is unknown; add it to lr_share")
     cycle = plan.total_steps / (plan.restarts + 1)
     number = min(int(step / cycle), plan.restarts)
@@ -84,7 +84,8 @@ def lr_share(step: int, plan: Plan) -> float:
     if plan.decay == "step":
         return plan.drop ** sum(step >= drop for drop in plan.drops)
     t = min((step - plan.warmup) / max(cycle - 1 - plan.warmup, 1), 1.0)
-    return plan.final_ratio + (1 - plan.final_ratio) * 0.5 * (1 + math.cos(math.pi * t))
+    share = 1 - t if plan.decay == "linear" else 0.5 * (1 + math.cos(math.pi * t))
+    return plan.final_ratio + (1 - plan.final_ratio) * share
 
 
 class WarmupEnd:

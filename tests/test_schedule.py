@@ -45,7 +45,7 @@ def test_other_schedules_are_their_closed_forms():
     assert lr_share(105, twice) == pytest.approx(0.55)
 
 
-@pytest.mark.parametrize("decay", ["cosine", "step", "flat"])
+@pytest.mark.parametrize("decay", ["cosine", "linear", "step", "flat"])
 @pytest.mark.parametrize("shape", ["linear", "power", "cosine"])
 def test_each_phase_at_its_start_middle_end_and_one_step_on(shape, decay):
     """Warmup of 40 steps from 0.1, then until step 1039: rates, momentum and bias rates by hand."""
@@ -54,6 +54,7 @@ def test_each_phase_at_its_start_middle_end_and_one_step_on(shape, decay):
 
     def decayed(k):  # k steps after the warmup, of 999
         return {"cosine": 0.05 + 0.95 * (1 + math.cos(math.pi * min(k / 999, 1))) / 2,
+                "linear": 1 - 0.95 * min(k / 999, 1),
                 "step": 0.1 if k >= 500 else 1.0, "flat": 1.0}[decay]
     want = {0: 0.1, 20: 0.1 + 0.9 * middle, 40: 1.0, 41: decayed(1), 539: decayed(499),
             540: decayed(500), 1039: decayed(999), 1040: decayed(1000)}
