@@ -200,7 +200,9 @@ def pixels(dataset: CocoPose, count: int) -> list[Tensor]:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line; exit with one line of advice if a value cannot work."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="--conf and --iou are written into the file, "
+        "for whoever runs it; --batch-size is for the AP that --int8 prints.")
     add = p.add_argument
     add("--format", required=True, choices=["onnx", "pt2"], help="pt2 is PyTorch's own format")
     add("--out", metavar="FILE", help="default: next to --weights, like best.onnx")

@@ -130,7 +130,7 @@ FLAGS = {
         ("train-pad", PAD_MODES, "center", "where the padding of the square input goes"),
         ("val-pad", PAD_MODES, "bottom_right", "the same in evaluation; both as in the original"),
         ("cache", ("none", "ram", "disk"), "none", "keep decoded images, in memory or in a file "
-         "beside them, on a local disk; zooming in then gets softer"),
+         "FOLDER.*.cache beside their folder, on a local disk; zooming in then gets softer"),
         ("workers", int, None, "loader processes; default: cores per process minus 1, at most 8"),
     ],
     "augmentation": [
@@ -179,7 +179,7 @@ FLAGS = {
         ("warmup-mult", factors, {}, "factors on parts while warming up, like backbone=0.1"),
         ("dynamic-warmup", bool, False, "extend while the loss does not fall, up to 3 times "
          "--warmup, or half of the steps of a --restarts cycle"),
-        ("schedule", ("cosine", "step", "flat"), "cosine", "learning rate after the warmup"),
+        ("schedule", ("cosine", "linear", "step", "flat"), "cosine", "learning rate after warmup"),
         ("lr-steps", numbers, [], "for step: epochs after which the rate drops, like 90,120, "
          "counted from each restart"),
         ("lr-factor", float, 0.1, "for step: factor of each drop"),
@@ -214,11 +214,12 @@ FLAGS = {
         ("dry-run", bool, False, "check the data, train 20 or --max-steps steps, print plan, ETA, "
          "draw curves and the first batch into OUT/dry_run; nothing else"),
         ("save-every", int, None, "steps between checkpoints within an epoch"),
-        ("save-epochs", numbers, [], "keep the averaged weights after these epochs, like 300,500"),
+        ("save-epochs", numbers, [], "after these epochs keep the averaged weights, as epoch_N.pt"),
         ("average-best", int, 0, "at the end, average the N best epochs into average.pt"),
         ("sync-check", int, None, "steps between comparisons of all tensors of all processes"),
         ("eval-every", int, None, "epochs between evaluations"),
-        ("patience", int, None, "stop after N epochs without a better AP (OKS while AP is 0)"),
+        ("patience", int, None, "stop after N epochs without a better AP (OKS while AP is 0.001 "
+         "or less)"),
         ("log-every", int, 50, "steps between progress lines; step 5 prints a first ETA"),
         ("seed", int, 0, "random seed of weights, order, augmentation"),
     ],
@@ -277,8 +278,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for names, fine, flag in (
             ({"teacher_model", "distill_weight"}, args.teacher is not None, "teacher"),
             ({"lr_steps", "lr_factor"}, args.schedule == "step", "schedule step"),
-            ({"final_ratio"}, args.schedule in (None, "cosine") or args.restarts,
-             "schedule cosine"),
+            ({"final_ratio"}, args.schedule in (None, "cosine", "linear") or args.restarts,
+             "schedule cosine or linear"),
             ({"lr_batch"}, args.lr_scale != "none", "lr-scale linear or sqrt"),
             ({"warmup_gamma"}, args.warmup_shape == "power", "warmup-shape power"),
             (slowed, args.mask, "mask")):
@@ -434,6 +435,9 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         changes["scale"] = (1 - args.scale, 1 + args.scale)
         if not augment.affine:  # the strength has no turns and shifts: zoom only
             changes |= {"affine": 1.0, "degrees": 0.0, "translate": 0.0}
+    if args.close_mosaic and not augment._replace(**changes).mosaic:
+        raise ValueError(f"--close-mosaic {args.close_mosaic} ends what --augment {args.augment} "
+                         f"does not have; leave it out, or give --mosaic")
     if args.close_mosaic:
         changes["last_mosaic"] = args.epochs - args.close_mosaic
     augment = augment._replace(**changes)
@@ -441,7 +445,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
     caches = [Cache(a, folder, args.image_size, args.cache) if cached else None
               for a, folder, *_ in sets]
     train_set = CocoPose(*sets[0], args.train_pad, augment, args.seed, args.recipe != "reference",
-                         caches[0], spare=10)
+                         caches[0], spare=args.max_bad)
     val_set = CocoPose(*sets[1], args.val_pad, cache=caches[1])
     return train_set, val_set, quiet_coco(labels), contents
 
@@ -641,16 +645,15 @@ def take_up(saved: dict, at: argparse.Namespace, parts: dict, out: str, contents
 def cut_batch(args: argparse.Namespace, saved: dict | None, world_size: int) -> int:
     """Set batch_size and accumulate; return the images per step, which --resume never changes.
 
-    Without --auto-batch a given --batch-size or --accumulate is kept. Otherwise a resumed run takes
-    the largest micro-batch that divides a process's share: at most what norms saw before, and half
-    of one that ran out of memory. Raises ValueError if the product is not the images per step, and
-    if a norm would get one value.
+    A given --batch-size or --accumulate is kept, but not with --auto-batch or after memory ran out,
+    as scripts repeat flags. Otherwise a resumed run takes the largest micro-batch that divides a
+    process's share: at most what norms saw before, and half of one that ran out of memory.
+    Raises ValueError if the product is not the images per step, or a norm would get one value.
     """
     if saved:
         note = f"{args.out}/out_of_memory"
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        again = from_rank_0(restarts and os.path.exists(note))  # torchrun repeats --batch-size
-        total, given = saved["global_batch"], [] if args.auto_batch or again else args.given
+        short = from_rank_0(os.path.exists(note))
+        total, given = saved["global_batch"], [] if args.auto_batch or short else args.given
         share, limit = max(total // world_size, 1), args.batch_size
         if "batch_size" not in given:
             moved = (world_size != saved["world_size"] and "batch_size" not in args.given
@@ -861,6 +864,7 @@ def average_best(args: argparse.Namespace, at: argparse.Namespace, model: nn.Mod
     metrics, _ = evaluate(model, loader, truth, loader.dataset.skeleton.sigmas)
     if rank == 0:
         log.evaluation(at.step, "average of", len(files), metrics)
+        say(f"average.pt is the mean of {', '.join(map(os.path.basename, files))}")
         write_atomically(f"{args.out}/average.pt", {
             **about, "model": model.state_dict(), "step": at.step, "AP": metrics["AP"]})
 

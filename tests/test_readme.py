@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import flatten, read_json, read_skeleton
+from evaluate import load_model
+from model import YoloNasPose
 from people import CATEGORY, draw_dataset
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -129,8 +132,19 @@ def test_sizes_and_operations_are_the_tables(capsys):
                        f"{int(flops) / 1e9:.1f}")
 
 
+def test_names_put_into_an_official_file_are_its_names(here):
+    """The same again, in another order than the json's, would be refused."""
+    labels = read_json("drawn_people/annotations/person_keypoints_val2017.json")
+    names = labels["categories"][0]["keypoints"] = [f"part {i}" for i in range(17)]
+    with open("train.json", "w") as f:
+        json.dump(labels, f)
+    torch.save({"ema_net": YoloNasPose("n").state_dict(), "optimizer": print}, "ckpt_best.pth")
+    exec(block('torch.save({"ema_net"'), {})
+    assert load_model("named.pth", "n")[1]["skeleton"]["names"] == names
+
+
 def test_a_loop_of_ones_own_writes_what_predict_reads(here, capsys):
-    exec(block("torch.save({"), {})
+    exec(block("optimizer.step()"), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 10 and np.isfinite(losses).all()
     os.makedirs("runs/train", exist_ok=True)

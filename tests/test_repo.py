@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 1012, "model": 593, "loss": 320, "data": 882, "schedule": 299, "evaluate": 670,
-         "draw": 626, "people": 206, "predict": 155, "export": 287}
+LINES = {"train": 1016, "model": 596, "loss": 320, "data": 887, "schedule": 300, "evaluate": 672,
+         "draw": 626, "people": 206, "predict": 155, "export": 289}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
               "evaluate": {"model", "data", "draw"}}
@@ -35,13 +35,17 @@ def test_imports_form_a_tree_of_known_packages(name):
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_and_functions_can_be_read(name):
     text = (ROOT / f"{name}.py").read_text().splitlines()
-    assert name in LINES, "a new file: add it to LINES, and to MAY_IMPORT what it may import"
     assert [number for number, line in enumerate(text, 1) if len(line) > 100] == []
-    assert len(text) <= LINES[name], f"{len(text)} lines; if they must be, raise LINES[{name!r}]"
     for node in ast.walk(FILES[name]):
         if isinstance(node, ast.FunctionDef):
             longest = {"main": 120, "parse_args": 180}.get(node.name, 60)
             assert node.end_lineno - node.lineno < longest, node.name
+
+
+def test_files_are_no_longer_than_said():
+    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in FILES}
+    assert lines.keys() == LINES.keys(), "a new file goes into LINES, its imports into MAY_IMPORT"
+    assert {n: lines[n] for n in lines if lines[n] > LINES[n]} == {}, "if it must be, raise LINES"
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

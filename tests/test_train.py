@@ -282,13 +282,13 @@ def test_a_step_starts_few_operators():
 
 def test_the_reference_recipe_reaches_loss_labels_and_tolerance(small):
     for recipe, exact in (("reference", True), ("nanopose", False)):
-        args = parse_args(["--data", str(small / "people"), "--recipe", recipe])
+        args = parse_args(["--data", str(small / "people"), "--recipe", recipe, "--max-bad", "3"])
         fill_recipe(args)
         train_set, val_set, *_ = open_data(args, 0)
         criterion = make_model(args, train_set.skeleton, torch.device("cpu"), {})[2]
         assert (criterion.reference, criterion.oks_floor) == (exact, 0.0 if exact else 0.1)
         assert train_set.keep_ignored != exact and (args.sigma_epochs == 0) == exact
-        assert (train_set.pad, val_set.pad) == ("center", "bottom_right")
+        assert (train_set.pad, val_set.pad, train_set.spare) == ("center", "bottom_right", 3)
 
 
 def test_only_people_leaves_the_images_to_evaluate_alone(small, tmp_path):
@@ -566,12 +566,16 @@ def test_augmentation_flags_change_one_number_of_the_strength(small, strength, b
     args = parse_args(flags)
     fill_recipe(args)
     assert open_data(args, 0)[0].augment == base
-    args = parse_args([*flags, "--scale", "0.9", "--mosaic", "0", "--close-mosaic", "5"])
+    args = parse_args([*flags, "--scale", "0.9", "--mosaic", "0.1", "--close-mosaic", "5"])
     fill_recipe(args)
     augment = open_data(args, 0)[0].augment
-    assert augment == base._replace(mosaic=0.0, scale=(1 - 0.9, 1 + 0.9), last_mosaic=15,
+    assert augment == base._replace(mosaic=0.1, scale=(1 - 0.9, 1 + 0.9), last_mosaic=15,
                                     affine=augment.affine, degrees=augment.degrees,
                                     translate=augment.translate)
+    args = parse_args([*flags, "--mosaic", "0", "--close-mosaic", "5"])
+    fill_recipe(args)
+    with pytest.raises(ValueError, match="--close-mosaic 5 ends what --augment .* does not have"):
+        open_data(args, 0)
     moves = augment.affine, augment.degrees, augment.translate
     assert moves == ((0.75, 7.0, 0.1) if strength == "heavy" else (1.0, 0.0, 0.0))
 
@@ -597,14 +601,16 @@ def test_a_frozen_part_keeps_every_bit_and_thaws():
     assert moved[3] and not any(name.startswith("backbone") for name in moved[3])
 
 
-@pytest.mark.parametrize("given, auto, accumulate, batch", [
-    ([], False, 2, (2, 4)), (["batch_size"], False, 2, (4, 2)), (["accumulate"], False, 4, (2, 4)),
-    (["batch_size", "accumulate"], True, 2, (2, 4))])
-def test_after_short_memory_the_images_a_step_stay(tmp_path, given, auto, accumulate, batch):
-    """The note of a run whose memory 4 were too many for counts, but not against a flag given anew;
-    with --auto-batch the flags are those of the start, so it does."""
-    (tmp_path / "out_of_memory").write_text("2")
-    args = Namespace(out=str(tmp_path), batch_size=4, accumulate=accumulate, auto_batch=auto,
+@pytest.mark.parametrize("given, note, accumulate, batch", [
+    ([], 2, 2, (2, 4)), (["batch_size"], 2, 2, (2, 4)), (["accumulate"], 2, 4, (2, 4)),
+    (["batch_size", "accumulate"], 2, 2, (2, 4)), (["batch_size"], 8, 2, (4, 2)),
+    (["batch_size"], None, 2, (4, 2))])
+def test_after_short_memory_the_images_a_step_stay(tmp_path, given, note, accumulate, batch):
+    """The note of a run whose memory 4 were too many for counts, also against flags, which a job's
+    script repeats; not against fewer images than it allows."""
+    if note:
+        (tmp_path / "out_of_memory").write_text(str(note))
+    args = Namespace(out=str(tmp_path), batch_size=4, accumulate=accumulate, auto_batch=False,
                      given=given, no_sync_bn=False, image_size=64, multi_scale=0, freeze={})
     assert cut_batch(args, {"global_batch": 8, "world_size": 1}, 1) == 8
     assert (args.batch_size, args.accumulate) == batch
