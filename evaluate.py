@@ -530,7 +530,7 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
     """
     labels, skeleton = read_json(path), Skeleton(**file["skeleton"])
     names = labels["categories"][0]["keypoints"]
-    if file.get("unnamed") and len(names) == len(skeleton.names):
+    if "format" not in file and file["unnamed"] and len(names) == len(skeleton.names):
         skeleton = read_skeleton(labels)  # an official file does not say it
     check_names(path, names, skeleton.names)
     masks &= any(a.get("segmentation") and not a["iscrowd"] for a in labels["annotations"])
