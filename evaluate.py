@@ -168,7 +168,7 @@ def detect(out: Decoded, targets: dict[str, Tensor], category_id: int, conf: flo
 def to_input(images: Tensor, model: nn.Module) -> Tensor:
     """A loader's images (B, 3, S, S) uint8 as the model's input: floats in [0, 1]."""
     weight = next(model.parameters())
-    return images.to(weight.device, non_blocking=True).to(weight.dtype).div_(255)
+    return images.to(weight.device, non_blocking=True).to(weight.dtype) / 255
 
 
 def mirror(out: Decoded, height: int, width: int, flip: list[int]) -> Decoded:

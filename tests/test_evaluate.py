@@ -88,6 +88,13 @@ def test_a_model_in_training_mode_is_refused():
         look(YoloNasPose("n"), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
+def test_the_callers_images_stay_as_they_are():
+    """Also floats, which need no copy to become the model's type."""
+    images = torch.full((1, 3, 64, 64), 200.0)
+    look(YoloNasPose("n").eval(), images, flip=list(range(17)))
+    assert (images == 200).all()
+
+
 def test_mask_iou_counts_pixels_of_all_images_and_leaves_out_the_unknown():
     """A network that says 3 of 4 true pixels and 1 false one: 3 / 5. What is unknown is neither."""
     truth = torch.zeros(1, 4, 4, dtype=torch.uint8)
