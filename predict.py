@@ -32,6 +32,8 @@ def predict(model: nn.Module, file: dict, images: list[Image.Image], conf: float
     continuous: pixel i covers [i, i + 1). The EXIF tag turns photos upright first. iou is the
     largest NMS overlap of two people.
     """
+    if not images:
+        return []
     images = [ImageOps.exif_transpose(image) for image in images]
     fitted = [fit_image(to_rgb(image), file["image_size"], file["pad"]) for image in images]
     out, _ = look(model, torch.stack([torch.from_numpy(x).permute(2, 0, 1) for x, _ in fitted]))
@@ -123,7 +125,7 @@ def main() -> None:
             except UNREADABLE as error:
                 bad += 1
                 print(f"{path} cannot be read, skipped: {error}", file=sys.stderr, flush=True)
-        found = predict(model, file, list(images.values()), 0.0, args.iou) if images else []
+        found = predict(model, file, list(images.values()), 0.0, args.iou)
         for path, (boxes, scores, keypoints) in zip(images, found):
             best, n = max([best, *scores[:1]]), (scores >= args.conf).sum()
             picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],

@@ -59,6 +59,7 @@ def test_a_batch_is_its_images_one_by_one(weights):
         for a, b in zip(found, alone):
             np.testing.assert_allclose(a, b, atol=1e-3)
         assert (found[0] >= 0).all() and (found[0].reshape(-1, 2) <= image.size).all()
+    assert predict(model, file, []) == []
 
 
 @pytest.mark.parametrize("pad", ["center", "bottom_right"])
