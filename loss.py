@@ -25,6 +25,7 @@ from torch import Tensor
 # COCO's OKS uses the segment's area; here, and in data.py where that is missing, 0.53 of the box.
 BODY_SHARE_OF_BOX = 0.53
 EPS = 1e-9
+TOPK = 13  # most anchors that learn a person; PoseLoss has no room for more, and drops them unseen
 TERMS = ("cls", "iou", "dfl", "pose_cls", "pose_reg")  # always; optional:
 MASK_TERMS, DISTILL_TERMS = ("mask",), ("kd_cls", "kd_box", "kd_pose")
 
@@ -85,7 +86,7 @@ def inside(centers: Tensor, boxes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(scores: Tensor, boxes: Tensor, keypoints: Tensor, gt_boxes: Tensor, gt_keypoints: Tensor,
-           people: Tensor, centers: Tensor, sigmas: Tensor, topk: int = 13, alpha: float = 1.0,
+           people: Tensor, centers: Tensor, sigmas: Tensor, topk: int = TOPK, alpha: float = 1.0,
            beta: float = 6.0, oks_floor: float = 0.1) -> tuple[Tensor, Tensor]:
     """Choose the anchors that learn each person (task-aligned assignment).
 
@@ -151,11 +152,9 @@ def distribution_focal_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     box_logits (..., 4, R), distances (..., 4) in strides, clamped to the range of the bins -> (...)
     """
     distances = distances.clamp(0, box_logits.shape[-1] - 1 - 0.01)               # (..., 4)
-    low = distances.floor()                                                       # (..., 4)
-    bins = torch.stack([low, low + 1], dim=-1).long()                             # (..., 4, 2)
-    share = torch.stack([low + 1 - distances, distances - low], dim=-1)           # (..., 4, 2)
-    log_p = box_logits.log_softmax(-1).gather(-1, bins)                           # (..., 4, 2)
-    return -(share * log_p).sum(-1).mean(-1)
+    bins = torch.arange(box_logits.shape[-1], device=distances.device)            # (R,)
+    share = (1 - (distances[..., None] - bins).abs()).clamp(min=0)                # (..., 4, R)
+    return -(share * box_logits.log_softmax(-1)).sum(-1).mean(-1)
 
 
 def complete_iou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-10) -> Tensor:
@@ -216,13 +215,11 @@ class PoseLoss:
     one, unless it is assigned to a person, counts neither as person nor as background.
     """
 
-    def __init__(self, sigmas: Tensor, weights: LossWeights = LossWeights(), topk: int = 13,
-                 alpha: float = 1.0, beta: float = 6.0, oks_floor: float = 0.1,
+    def __init__(self, sigmas: Tensor, weights: LossWeights = LossWeights(),
                  reference: bool = False, label_smoothing: float = 0.0):
         self.sigmas, self.weights, self.reference = sigmas, weights, reference
         self.label_smoothing, self.terms = label_smoothing, TERMS
-        self.topk, self.alpha, self.beta = topk, alpha, beta
-        self.oks_floor = 0.0 if reference else oks_floor
+        self.oks_floor = 0.0 if reference else 0.1
 
     def __call__(self, raw, decoded, targets: dict[str, Tensor],
                  sigma_scale: float = 1.0) -> tuple[dict, Tensor]:
@@ -236,7 +233,6 @@ class PoseLoss:
         gt_boxes, gt_keypoints, crowd = (targets[name] for name in ("boxes", "keypoints", "crowd"))
         gt_boxes, gt_keypoints = gt_boxes.to(raw.centers), gt_keypoints.to(raw.centers)
         sigmas = self.sigmas.to(raw.centers) * sigma_scale
-        rule = raw.centers, sigmas, self.topk, self.alpha, self.beta, self.oks_floor
         real = (gt_boxes[..., 2:] > gt_boxes[..., :2]).all(-1)                    # (B, M)
         labeled = (gt_keypoints[..., 2] > 0).any(-1)                              # (B, M)
         people = real if self.reference else real & labeled & ~crowd              # (B, M)
@@ -244,7 +240,8 @@ class PoseLoss:
         # Some images at a time: if one is crowded, each (B, M, A) tensor takes 17 MB, not a GB.
         some = max(2 ** 22 // (gt_boxes.shape[1] * len(raw.centers)), 1)
         batch = (decoded.scores, decoded.boxes, decoded.keypoints, gt_boxes, gt_keypoints, people)
-        parts = [assign(*images, *rule) for images in zip(*(t.split(some) for t in batch))]
+        parts = [assign(*images, raw.centers, sigmas, oks_floor=self.oks_floor)
+                 for images in zip(*(t.split(some) for t in batch))]
         person, weight = (torch.cat(part) for part in zip(*parts))                # (B, A) twice
         if self.reference:
             weight = weight * ~take(crowd, person.clamp(min=0))
@@ -255,9 +252,9 @@ class PoseLoss:
         smooth = weight + self.label_smoothing * (0.5 - weight)                   # (B, A)
         cls = (focal_bce(raw.cls_logits, smooth) * counted).sum()
 
-        # At most topk anchors learn each person. Always taking topk * M, those of highest weight,
+        # At most TOPK anchors learn each person. Always taking TOPK * M, those of highest weight,
         # avoids waiting for the GPU to count them; slots left over have weight 0.
-        slots = min(self.topk * gt_boxes.shape[1], weight.shape[1])
+        slots = min(TOPK * gt_boxes.shape[1], weight.shape[1])
         share, anchor = weight.topk(slots, dim=1)                                 # (B, P)
         row = take(person, anchor).clamp(min=0)                                   # (B, P)
         terms = {"cls": cls, **self.person_terms(raw, decoded, anchor, take(gt_boxes, row),

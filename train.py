@@ -146,7 +146,7 @@ FLAGS = {
         ("multi-scale", float, 0.0, "each step at 1 - X to 1 + X times --image-size"),
     ],
     "model": [
-        ("model", tuple(SIZES), "n", "size of the network"),
+        ("model", tuple(RECIPES), "n", "size of the network"),
         ("weights", str, None, "start from this checkpoint's weights"),
         ("mask", bool, False, "add a branch that predicts a person mask, from segmentations"),
         ("teacher", str, None, "distillation: learn from this checkpoint's model, too"),
