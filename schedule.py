@@ -212,13 +212,12 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float,
     multiplies the rate of a part. Each group names its part and whether it holds biases. Parameters
     that freeze together fill whole groups: in fused SGD, all of a group must start at once.
     """
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-             for p in m.parameters()}
     groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            part, bias = name.split(".")[0], name.endswith("bias")
-            groups.setdefault((part, bias, id(p) in norms), []).append(p)
+    for path, module in model.named_modules():
+        part, norm = path.split(".")[0], isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                groups.setdefault((part or name, name.endswith("bias"), norm), []).append(p)
     return [{"params": params, "part": part, "bias": bias, "lr": lr * lr_mult.get(part, 1.0),
              "weight_decay": 0.0 if bias or norm else weight_decay}
             for (part, bias, norm), params in groups.items()]
