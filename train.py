@@ -338,6 +338,10 @@ def setup_distributed(args: argparse.Namespace) -> tuple[int, int, torch.device,
         if gpus > 1:
             say(f"check         uses one of {gpus} GPUs; all: torchrun --nproc-per-node {gpus}")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""
+    missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - env.keys()
+    if missing:
+        raise ValueError(f"LOCAL_RANK is set, but not {', '.join(sorted(missing))}; start by "
+                         f"torchrun, or unset LOCAL_RANK to train on one process")
     local_rank, rank, world_size = (int(env[n]) for n in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
     if 0 < gpus <= local_rank:
         raise ValueError(f"torchrun started local rank {local_rank}, but this machine has {gpus} "
@@ -600,6 +604,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
     there = from_rank_0([b for b in saved["best"] if os.path.exists(f"{args.out}/best_{b[1]}.pt")])
     if rank == 0 and len(there) < len(saved["best"]):
         say(f"check         best_EPOCH.pt files are gone; --average-best has {len(there)} so far")
+    if rank == 0 and saved["stopper"]["best_epoch"] and not os.path.exists(f"{args.out}/best.pt"):
+        say(f"check         best.pt is not in {args.out}; only a better epoch will write it again")
     saved["best"] = there
     unknown = sorted(saved["args"].keys() - vars(args).keys())
     if unknown:
@@ -706,7 +712,7 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
 
 
 def lock(out: str, new: bool) -> None:
-    """Keep other processes from writing to `out` while this one lives. A new run removes the log
+    """Keep other runs from writing to `out` while this process, 0, lives. A new run removes the log
     and the out_of_memory note of an earlier run whose checkpoints are gone."""
     os.makedirs(out, exist_ok=True)
     handle = os.open(os.path.join(out, "lock"), os.O_RDWR | os.O_CREAT)
@@ -721,6 +727,15 @@ def lock(out: str, new: bool) -> None:
         say(f"check         {out} cannot be locked ({error.strerror}): start no second run there")
     for name in ("log.jsonl", "out_of_memory") if new else ():
         Path(out, name).unlink(missing_ok=True)
+
+
+def check_shared(out: str, rank: int) -> None:
+    """Name the machines that do not see the folder that process 0 has locked."""
+    sees = gather((socket.gethostname(), os.path.exists(f"{out}/lock")))
+    blind = ", ".join(sorted({host for host, there in sees if not there}))
+    if blind and rank == 0:
+        say(f"check         {blind} does not see this --out {out}: should process 0 restart there, "
+            f"the run would begin anew; name a folder that all machines share")
 
 
 def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.device, contents: dict
@@ -880,8 +895,8 @@ def main() -> None:
         model, teacher, criterion, report = make_model(args, skeleton, device, contents)
         global_batch = cut_batch(args, saved, world_size)
         ends, plan = make_plan(args, images, global_batch)
-        if rank == 0:
-            lock(args.out, new=not saved)
+        from_rank_0(lock(args.out, new=not saved) if rank == 0 else None)  # the others wait
+        check_shared(args.out, rank)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
 

@@ -314,6 +314,14 @@ def test_processes_that_would_each_train_alone_are_refused(name, monkeypatch):
         train.setup_distributed(train.parse_args([]))
 
 
+def test_a_local_rank_alone_is_no_launcher(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT":
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="but not MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE;"):
+        train.setup_distributed(train.parse_args([]))
+
+
 @pytest.mark.parametrize("change, said", [
     (["--eval-every", "2"], "--eval-every: 2 in process 1 on .*, 3 on"),
     (["--dry-run"], "--dry-run: True in process 1 on .*, None on"),
@@ -409,6 +417,18 @@ def test_a_folder_that_cannot_be_locked_is_used_and_said(tmp_path, monkeypatch, 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     train.lock(str(tmp_path), new=True)
     assert "cannot be locked (No locks available): start no second" in capsys.readouterr().out
+
+
+def test_a_machine_that_does_not_see_the_runs_folder_is_named(tmp_path, monkeypatch, capsys):
+    """Restarted there, process 0 would find no checkpoint."""
+    train.lock(str(tmp_path / "run"), new=True)
+    for there in True, False:
+        monkeypatch.setattr(train, "gather", lambda mine: [mine, ("far", there)])
+        train.check_shared(str(tmp_path / "run"), 0)
+        assert ("far does not see this --out" in capsys.readouterr().out) != there
+    monkeypatch.setattr(train, "gather", lambda mine: [("near", True), mine])
+    train.check_shared(str(tmp_path / "elsewhere"), 1)
+    assert capsys.readouterr().out == ""  # process 0 says it
 
 
 def test_a_disk_that_does_not_answer_is_not_a_damaged_checkpoint(tmp_path, monkeypatch):

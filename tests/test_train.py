@@ -653,18 +653,25 @@ def test_a_norm_with_one_value_is_refused(batch, processes, unsynced, size, gain
             cut_batch(args, None, processes)
 
 
+UNEVALUATED = {"best": [], "stopper": {"best_epoch": 0}}  # of a checkpoint
+
+
 def test_a_run_whose_best_snapshots_are_gone_averages_those_there(tmp_path, capsys):
-    torch.save({"format": "nanopose", "launch": "", "args": {}, "best": [[0.5, 2], [0.4, 1]]},
-               tmp_path / "last.pt")
+    torch.save({"format": "nanopose", "launch": "", "args": {}, "best": [[0.5, 2], [0.4, 1]],
+                "stopper": {"best_epoch": 2}}, tmp_path / "last.pt")
     (tmp_path / "best_1.pt").touch()
     args = parse_args(["--out", str(tmp_path), "--resume"])
     assert train.read_run(args, 0, "")["best"] == [[0.4, 1]]
-    assert "--average-best has 1 so far" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--average-best has 1 so far" in said and "best.pt is not in" in said
+    (tmp_path / "best.pt").touch()
+    (tmp_path / "best_2.pt").touch()
+    assert len(train.read_run(args, 0, "")["best"]) == 2 and capsys.readouterr().out == ""
 
 
 def test_a_restarted_node_has_the_flags_of_the_run_and_its_own_paths(tmp_path):
     """Its disk may differ from the disk of process 0, which wrote the checkpoint."""
-    torch.save({"format": "nanopose", "launch": "a", "best": [], "args": {
+    torch.save({"format": "nanopose", "launch": "a", **UNEVALUATED, "args": {
         "data": "/disk0/coco", "teacher": "/disk0/m.pt", "lr": 1.0}}, tmp_path / "last.pt")
     args = parse_args(["--out", str(tmp_path), "--data", "/disk1/coco", "--teacher", "/disk1/m.pt",
                        "--lr", "2"])  # a rate that a resumed run could not have
@@ -677,7 +684,7 @@ def test_a_restarted_node_has_the_flags_of_the_run_and_its_own_paths(tmp_path):
     (["--data", "coco"], [None, None, None, None])])
 def test_a_resumed_run_keeps_the_paths_that_have_not_moved(tmp_path, given, paths):
     names = ("train_json", "train_images", "val_json", "val_images")
-    torch.save({"format": "nanopose", "launch": "", "best": [], "args": {
+    torch.save({"format": "nanopose", "launch": "", **UNEVALUATED, "args": {
         "data": None, **dict(zip(names, ("a.json", "a/", "v.json", "v/")))}}, tmp_path / "last.pt")
     args = parse_args(["--out", str(tmp_path), "--resume", *given])
     train.read_run(args, 0, "")
@@ -688,7 +695,7 @@ def test_a_resumed_run_keeps_the_paths_that_have_not_moved(tmp_path, given, path
 def test_a_resumed_run_has_the_loader_processes_asked_for_or_this_machine_s(tmp_path):
     for given, flags, workers in (([], [], None), (["workers"], [], 3),
                                   (["workers"], ["--workers", "1"], 1)):
-        torch.save({"format": "nanopose", "launch": "", "best": [], "args": {
+        torch.save({"format": "nanopose", "launch": "", **UNEVALUATED, "args": {
             "workers": 3, "given": given}}, tmp_path / "last.pt")
         args = parse_args(["--out", str(tmp_path), "--resume", *flags])
         train.read_run(args, 0, "")
@@ -700,7 +707,7 @@ def test_a_resumed_run_has_the_loader_processes_asked_for_or_this_machine_s(tmp_
     (["--distill-weight", "2"], "--distill-weight 2.0 differs from the 1.0 of the run"),
     (["--lr-mult", "mask=2"], "--lr-mult {'mask': 2.0} differs from the None of the run")])
 def test_a_resumed_run_does_not_change_its_terms(tmp_path, flags, message):
-    torch.save({"format": "nanopose", "launch": "", "best": [], "args": {
+    torch.save({"format": "nanopose", "launch": "", **UNEVALUATED, "args": {
         "teacher": None, "distill_weight": 1.0}}, tmp_path / "last.pt")
     args = parse_args(["--out", str(tmp_path), "--resume", *flags])
     with pytest.raises(ValueError, match=message):
