@@ -576,7 +576,7 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
                                subsequent_indent=14 * " ")
     for name, tensors in report.items():
         some = f": {', '.join(tensors[:12])}{' ...' * (len(tensors) > 12)}" * (name != "loaded")
-        kept = " (rows of the names that both share)" * (name == "in part")
+        kept = " (the person, and the names that both share)" * (name == "in part")
         lines += [f"weights {name}{kept} {len(tensors)}{some}"] if tensors else []
     pairs = [f"{skeleton.names[i]}-{skeleton.names[j]}"
              for i, j in enumerate(skeleton.flip) if i < j]

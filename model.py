@@ -515,7 +515,7 @@ def rows_by_name(state: dict[str, Tensor], own: dict[str, Tensor], names: list[s
         if layer not in KEYPOINT_ROWS or old is None or old.shape[1:] != new.shape[1:]:
             continue
         before, each = KEYPOINT_ROWS[layer]
-        if len(old) == before + each * len(old_names):
+        if (shared or before) and len(old) == before + each * len(old_names):
             state[name], done = new.clone(), [*done, name]
             state[name][:before] = old[:before]
             rows, old_rows = (t[before:].unflatten(0, (-1, each)) for t in (state[name], old))
@@ -528,17 +528,18 @@ def load_weights(model: nn.Module, path: str, names: Sequence[str] = (),
     """Copy the tensors of a checkpoint that fit by name and shape into the model.
 
     names are the model's keypoints. If the file's (if it lists none, but has as many: those of
-    official_names) differ, the last layers keep the rows of the shared names; if no name is shared
-    but there are as many, they keep all rows by position. Returns the names of tensors: "loaded",
-    "in part", "skipped" (other shape), "missing" (only in the model), "unused" (only in the file);
-    and four lists of keypoint names. Raises as read_weights does; ValueError if nothing fits.
+    official_names) differ, the last layers keep the rows of the person and the shared names; if no
+    name is shared but there are as many, they keep all rows by position. Returns the names of
+    tensors: "loaded", "in part", "skipped" (other shape), "missing" (only in the model), "unused"
+    (only in the file); and four lists of keypoint names. Raises as read_weights does; ValueError if
+    nothing fits.
     """
     (state, file), own = read_weights(path), model.state_dict()
     rows = state.get("heads.head1.pose_pred.bias", ())
     unnamed = official_names if len(rows) == 2 * len(official_names) else ()
     old_names = file["skeleton"]["names"] if "skeleton" in file else unnamed
-    other = names != old_names and set(names) & set(old_names)
-    part = rows_by_name(state, own, names, old_names) if other else []
+    other = set(names) & set(old_names) or len(names) != len(old_names)
+    part = rows_by_name(state, own, names, old_names) if other and names != old_names else []
     fits = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
     if not fits:
         raise ValueError(f"{path}: none of its {len(state)} tensors fits; is it YOLO-NAS-Pose?")

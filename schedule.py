@@ -145,9 +145,9 @@ def make_plan(args: argparse.Namespace, images: int,
         raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total} with "
                          f"{args.restarts} restarts; choose fewer, or train longer")
     drops = [epoch * images / global_batch for epoch in args.lr_steps]
-    if args.schedule == "step" and not args.resume and not any(x < total / cycles for x in drops):
-        raise ValueError(f"--schedule step: the rate never drops; --lr-steps {args.lr_steps} must "
-                         f"have an epoch below {args.epochs / cycles:g}")
+    if args.schedule == "step" and not args.resume and max(drops, default=total) * cycles >= total:
+        raise ValueError(f"--schedule step --lr-steps {args.lr_steps}: expected epochs below "
+                         f"{args.epochs / cycles:g}, where the rate drops")
     return ends, Plan(total, warmup, final_ratio=args.final_ratio, start_ratio=args.warmup_start,
                       shape=args.warmup_shape, gamma=args.warmup_gamma, decay=args.schedule,
                       drops=drops, drop=args.lr_factor, restarts=args.restarts)

@@ -74,7 +74,7 @@ RECIPES = {
 }
 # The rates of m and l assume a trained detector's weights. For random weights: these, untested.
 FROM_SCRATCH = {"lr": 2e-3, "lr_batch": 384}
-# SGD has Ultralytics' values: in the warmup, momentum and rates rise, but the biases' rate falls.
+# SGD has Ultralytics' rates: in the warmup, momentum and rates rise, but the biases' rate falls.
 OPTIMIZERS = {"adamw": {}, "sgd": {"lr": 0.01, "lr_batch": 64, "momentum": 0.937,
                                    "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}}
 # For two CPU cores: small images; the keypoint tolerance narrows nearly to the end.
@@ -105,7 +105,8 @@ def factors(text: str) -> dict[str, float]:
 def epochs_of(text: str) -> dict[str, int]:
     """Parse a flag value like backbone:-1,bn into {part: epochs}; 0 means all epochs."""
     found = {part: int(n or 0) for part, _, n in (item.partition(":") for item in text.split(","))}
-    if not found.keys() <= {"backbone", "neck", "bn"} or len(found) < len(text.split(",")):
+    parts = {"backbone", "neck", "bn"}
+    if not found.keys() <= parts or len(found) < len(text.split(",")) or ":0" in text:
         raise argparse.ArgumentTypeError(f"{text}, expected each once: backbone, neck, bn, alone "
                                          f"or with epochs, like backbone:5 or backbone:-1")
     return found
@@ -439,10 +440,11 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         changes["scale"] = (1 - args.scale, 1 + args.scale)
         if not augment.affine:  # the strength has no turns and shifts: zoom only
             changes |= {"affine": 1.0, "degrees": 0.0, "translate": 0.0}
-    if args.close_mosaic and not augment._replace(**changes).mosaic:
-        raise ValueError(f"--close-mosaic {args.close_mosaic} ends what --augment {args.augment} "
-                         f"does not have; leave it out, or give --mosaic")
     if args.close_mosaic:
+        none = args.close_mosaic >= args.epochs and not args.resume
+        if none or not augment._replace(**changes).mosaic:
+            raise ValueError(f"--close-mosaic {args.close_mosaic}: no epoch of {args.epochs} has a "
+                             f"mosaic then, with --augment {args.augment}; give fewer, or --mosaic")
         changes["last_mosaic"] = args.epochs - args.close_mosaic
     augment = augment._replace(**changes)
     cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)

@@ -492,7 +492,7 @@ def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch,
                 skeleton=skeleton, augment=augment), (9, 9), (1, 16), (9, 0, 9, 0, 9), 0.1, "cpu")
         assert f"command       {want}\n" in plan and not any(name in plan for name in absent)
         assert ("degrees" in plan) == (augment.affine > 0)
-        assert "in part (rows of the names that both share) 1: a" in plan
+        assert "in part (the person, and the names that both share) 1: a" in plan
         for part, when in ("neck", "all epochs"), ("backbone", "the first 2 epoch(s)"), (
                 "bn", "the last 3 epoch(s)"):
             assert f"\nfrozen        {part}, in {when}\n" in plan

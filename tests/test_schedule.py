@@ -178,8 +178,8 @@ def test_drops_are_asked_for_in_epochs_and_planned_in_steps():
     assert [lr_share(step, plan) for step in (18, 19, 47, 48, 75)] == pytest.approx(
         [1, 0.2, 0.2, 0.04, 0.04])
     assert max(ends) == plan.total_steps == 76
-    args.restarts = 3  # cycles of two epochs
-    with pytest.raises(ValueError, match=r"never drops; --lr-steps \[2.0, 5.0\] must .* below 2"):
+    args.restarts, args.lr_steps = 3, [1.0, 2.0]  # cycles of two epochs: one drop would be missed
+    with pytest.raises(ValueError, match=r"--lr-steps \[1.0, 2.0\]: expected epochs below 2,"):
         make_plan(args, 95, 10)
 
 

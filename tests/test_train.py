@@ -379,9 +379,12 @@ def test_weights_of_other_keypoints_are_taken_by_name(small):
     _, _, _, by_place = make_model(args, other, torch.device("cpu"), {})
     assert by_place["keypoints by place"] == other.names and not by_place["new keypoints"]
     spaced = Skeleton(["left eye", "tail"], [0, 1], [], [0.05, 0.05])
-    *_, none = make_model(args, spaced, torch.device("cpu"), {})
-    assert none["new keypoints"] == spaced.names and len(none["skipped"]) == 12
+    apart, _, _, none = make_model(args, spaced, torch.device("cpu"), {})
+    assert none["new keypoints"] == spaced.names and len(none["skipped"]) == 6  # pose_pred's
     file = torch.load(small / "run" / "best.pt", weights_only=True)
+    for name in none["in part"]:  # cls_pred's, whose first row is the person's
+        assert torch.equal(apart.state_dict()[name][0], file["model"][name][0])
+    assert len(none["in part"]) == 6
     for name in report["in part"]:
         assert torch.equal(model.state_dict()[name][-1], file["model"][name][
             2 if "cls" in name else 3])  # the second keypoint of COCO: after the person, and its y
@@ -415,6 +418,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--lr-mult", "tail=2"], 2, "tail=2, expected each once: backbone, neck, heads, mask"),
     (["--occlude", "2"], 2, "--occlude 2.0 must lie in 0 to 1"),
     (["--freeze", "bn:1,bn:-1"], 2, "bn:1,bn:-1, expected each once: backbone, neck, bn"),
+    (["--freeze", "bn:0"], 2, "bn:0, expected each once: backbone, neck, bn"),
     (["--freeze", "bn:1:2"], 2, "invalid epochs_of value: 'bn:1:2'"),
     (["--schedule", "step", "--lr-steps=3,-1"], 2, "--lr-steps [3.0, -1.0] must be 0 or more"),
     (["--seed", "9" * 20], 2, "is too large"),
@@ -427,7 +431,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--data", "PEOPLE", "--image-size", "96", "--multi-scale", "0.2"], 1, "reaches no other"),
     (["--data", "PEOPLE", "--batch-size", "1", "--image-size", "64", "--multi-scale", "0.5"], 1,
      "--batch-size 1 at 32 px leaves norms one value"),
-    (["--data", "PEOPLE", "--schedule", "step"], 1, "the rate never drops; --lr-steps [] must"),
+    (["--data", "PEOPLE", "--schedule", "step"], 1, "--lr-steps []: expected epochs below"),
     (["--data", "PEOPLE", "--val-images", "/nowhere"], 1, "/nowhere: no such folder; expected the"),
     (["--data", "PEOPLE", "--save-epochs", "0"], 1, "some of these do not end with"),
     (["--data", "PEOPLE", "--teacher", "/nowhere/t.pt"], 1, "no such file; expected a checkpoint"),
@@ -574,8 +578,13 @@ def test_augmentation_flags_change_one_number_of_the_strength(small, strength, b
                                     translate=augment.translate)
     args = parse_args([*flags, "--mosaic", "0", "--close-mosaic", "5"])
     fill_recipe(args)
-    with pytest.raises(ValueError, match="--close-mosaic 5 ends what --augment .* does not have"):
+    with pytest.raises(ValueError, match="--close-mosaic 5: no epoch of 20 has a mosaic"):
         open_data(args, 0)
+    args.mosaic, args.close_mosaic = 0.1, 20
+    with pytest.raises(ValueError, match="--close-mosaic 20: no epoch of 20 has a mosaic"):
+        open_data(args, 0)
+    args.resume = True  # with fewer epochs than before
+    assert open_data(args, 0)[0].augment.last_mosaic == 0
     moves = augment.affine, augment.degrees, augment.translate
     assert moves == ((0.75, 7.0, 0.1) if strength == "heavy" else (1.0, 0.0, 0.0))
 
