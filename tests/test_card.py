@@ -183,6 +183,26 @@ def test_what_coco_does_not_score_is_no_error():
     assert [row["labeled"] for row in card["keypoints"]] == [12 * 17 - 1, 11] + 16 * [12]
 
 
+def test_scores_put_right_leave_duplicates_none():
+    labels, by_image = scene()
+    people = [a for a in labels["annotations"] if a["image_id"] == 0]
+    results = sorted(by_image[0], key=lambda r: -r["score"])
+    far = results[0] | {"score": 0.4, "keypoints": (rows(results[0]) + [3, 0, 0]).ravel().tolist()}
+    case = diagnose([*results, far], people, np.zeros(3), SKELETON)
+    assert case.kinds == ["best", "best", "duplicate"]
+    assert [r["score"] for r in evaluate.put_right(case, "score")] == [1.0, 1.0, 0.0]
+
+
+def test_a_pose_belongs_rather_to_an_upright_person_than_to_a_mirrored_one():
+    labels, by_image = scene()
+    pose = rows(by_image[0][0])
+    person = labels["annotations"][0]
+    mirrored, near = ({**person, "keypoints": p.ravel().tolist()} for p in (
+        pose[SKELETON.flip], pose + [0.5, 0, 0]))
+    case = diagnose(by_image[0][:1], [mirrored, near], np.zeros(1), SKELETON)
+    assert case.pairs.tolist() == [[0, 1]]
+
+
 def test_somebody_without_keypoints_takes_in_one_detection_as_pycocotools_has_it():
     labels, by_image = scene()
     labels["annotations"].append(

@@ -125,6 +125,8 @@ def test_padding_is_where_the_reference_puts_it():
     """160 x 120 px scaled to 96 is 96 x 72: centered it starts at row 12, else at row 0."""
     assert letterbox(160, 120, 96, "center")[:2].tolist() == [[0.6, 0, 0], [0, 0.6, 12]]
     assert letterbox(160, 120, 96, "bottom_right")[:2].tolist() == [[0.6, 0, 0], [0, 0.6, 0]]
+    for width, height in ((333, 500), (500, 331), (101, 77)):  # whole pixels
+        assert not (letterbox(width, height, 96, "center")[:2, 2] % 1).any()
 
 
 def test_what_is_random_happens_as_often_and_goes_as_far_as_it_says():
@@ -169,6 +171,8 @@ def test_colors_change_as_often_and_as_far_as_they_say():
     swapped = matrices(bgr=0.3)[:, 0, 0] == 0
     assert swapped.mean() == pytest.approx(0.3, abs=0.04)
     assert (matrices(bgr=1)[0] @ [*red, 1] == red[::-1]).all()
+    one, both = (matrices(bgr=p, contrast=1)[0] @ [*red, 1] for p in (0, 1))
+    assert (both == one[::-1]).all()  # it comes last
     changed = matrices(contrast=0.6, contrast_range=0.2)
     assert (changed != np.eye(3, 4)).any((1, 2)).mean() == pytest.approx(0.6, abs=0.04)
     changed = matrices(contrast=1, contrast_range=0.2)
@@ -232,6 +236,16 @@ def test_mosaic_closes_with_its_last_epoch(tmp_path):
         assert same == (epoch >= 2)
 
 
+def test_a_mosaic_draws_each_of_its_images(tmp_path):
+    ds, seen = dataset(dot_images(tmp_path, ".png", count=4), tmp_path, 96,
+                       augment=PLAIN._replace(mosaic=1.0)), []
+    ds.paint = lambda canvas, index, *_: seen.append(index)
+    for epoch in range(20):
+        ds[epoch, 0]
+    others = np.reshape(seen, (20, 4))[:, 1:].T.tolist()
+    assert len({tuple(places) for places in others}) == 3
+
+
 def test_mixup_is_a_blend_and_keeps_the_people_of_both(tmp_path):
     coco = dot_images(tmp_path, ".png", count=4)
     one = dataset(coco, tmp_path, 96)
@@ -244,7 +258,17 @@ def test_mixup_is_a_blend_and_keeps_the_people_of_both(tmp_path):
     way = images[other] - images[0]
     share = ((sample["image"] - images[0]) * way).sum() / (way * way).sum()
     assert len(sample["boxes"]) == len(sample["crowd"]) == 2 and 0.2 < share < 0.8
-    assert np.abs(sample["image"] - images[0] - share * way).max() <= 2
+    off = sample["image"] - images[0] - share * way
+    assert np.abs(off).max() <= 2 and abs(off[np.abs(way) > 9].mean()) < 0.2  # rounded, not cut
+
+
+def test_an_occluder_covers_the_mask_too():
+    image = torch.full((3, 64, 64), PAD_GRAY, dtype=torch.uint8)
+    mask = torch.ones(1, 32, 32, dtype=torch.uint8)
+    data.occlude(image, mask, np.array([[0.0, 0, 60, 60]]), np.array([[[30.0, 30, 2]]]),
+                 np.random.default_rng(0), 1.0)
+    covered = (image != PAD_GRAY).any(0)[::2, ::2]
+    assert covered.any() and torch.equal(mask[0] == 0, covered)
 
 
 def test_an_occluder_hides_what_it_covers_and_nothing_else(tmp_path):
@@ -276,23 +300,26 @@ SQUARE = [[20, 10, 60, 10, 60, 40, 20, 40]]
     ids=["polygon", "runs", "two"])
 def test_masks_follow_their_people(shape):
     """A rectangle from 20, 10 to 60, 40 px of a 100 x 50 px image, as polygons or as run lengths,
-    zoomed by 2, mirrored; the mask has half the pixels. A person without a shape is unknown."""
+    zoomed by 2, mirrored; the mask has half the pixels. A person without a shape is unknown, and
+    so is a crowd."""
     if isinstance(shape, dict):  # column by column: 20 columns of nothing, then 10 off, 30 on, ...
         shape["counts"] = [20 * 50 + 10] + [30, 20] * 39 + [30, 10 + 40 * 50]
     person = {"bbox": [20, 10, 40, 30], "keypoints": [30, 20, 2] * 3, "num_keypoints": 3,
               "iscrowd": 0, "image_id": 1}
     coco = labels([{"id": 1, "file_name": "a.png", "width": 100, "height": 50}],
                   [{**person, "id": 1, "segmentation": shape},
-                   {**person, "id": 2, "bbox": [80, 0, 10, 10]}])
+                   {**person, "id": 2, "bbox": [80, 0, 10, 10]},
+                   {**person, "id": 3, "bbox": [0, 0, 10, 10], "iscrowd": 1,
+                    "segmentation": {"size": [50, 100], "counts": [5000]}}])
     ds = CocoPose(flatten(coco, masks=True), "", read_skeleton(coco), 200, "bottom_right")
     mask, half = torch.zeros(1, 100, 100, dtype=torch.uint8), np.diag([0.5, 0.5, 1])
     matrix = data.matrix3(-2, 0, 200, 0, 2, 0)
     ds.paint_mask(mask, 0, half @ matrix, np.array([0, 0, 100, 50]))
     want = np.zeros((100, 100), int)
-    want[10:40, 40:80], want[0:10, 10:20] = 1, 2
+    want[10:40, 40:80], want[0:10, 10:20], want[0:10, 90:100] = 1, 2, 2
     assert (mask[0].numpy() != want).sum() <= 80  # polygons are drawn up to a pixel off
     sizes = [(mask == v).sum().item() for v in (1, 2)]
-    assert sizes == pytest.approx([1200, 100], rel=0.06)
+    assert sizes == pytest.approx([1200, 200], rel=0.06)
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
@@ -485,6 +512,15 @@ def test_another_size_moves_points_with_pixels_and_is_drawn_by_step_alone(tmp_pa
     assert set(sizes) == set(range(160, 481, 32))
     assert sizes == [data.random_size(320, 0.5, 3, step) for step in range(200)]
     assert data.random_size(320, 0.0, 3, 7) == 320
+
+
+def test_a_smaller_size_averages_pixels():
+    """Instead of taking some of them: stripes become gray."""
+    stripes = torch.zeros(1, 3, 320, 320)
+    stripes[..., ::2] = 1
+    small, _ = data.resize(stripes, {"boxes": torch.zeros(1, 1, 4),
+                                     "keypoints": torch.zeros(1, 1, 3, 3)}, 128)
+    assert (small[..., 5:-5] - 0.5).abs().max() < 0.1
 
 
 def test_masks_of_another_size_lie_where_they_lay():

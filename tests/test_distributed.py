@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -262,11 +263,22 @@ def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 
     return out
 
 
+SEEDS = """
+real = t.train_step
+def train_step(*given):
+    print("step seed", torch.initial_seed(), flush=True)
+    return real(*given)
+t.train_step = train_step
+"""
+
+
 def test_two_processes_train_the_model_of_one(data, tmp_path):
     one, two = tmp_path / "1x4", tmp_path / "2x2"
     run_of(data, one, 1, 4, 1, "--double")
-    run_of(data, two, 2, 2, 1, "--double", "--sync-check", "2")
+    run_of(data, two, 2, 2, 1, "--double", "--sync-check", "2", patch=SEEDS)
     assert largest_difference(two, one)[0] <= 1e-10
+    seeds = re.findall("step seed ([0-9]+)", (two / "said").read_text())
+    assert len(seeds) == len(set(seeds)) == 10  # of 5 steps: a Dropout differs on each process
     logs = [(p / "log.jsonl").read_text().splitlines() for p in (one, two)]
     logs = [[json.loads(line) for line in log] for log in logs]
     assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
@@ -491,12 +503,27 @@ t.Log.step = step""")
     assert largest_difference(tmp_path / "moved", one)[0] <= 1e-10
 
 
-def test_one_process_skips_a_step_that_is_not_finite(data, tmp_path, monkeypatch):
-    run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8,
-             "--batch-size", 4, "--workers", 0, "--max-steps", 3, patch=NAN_IMAGE)
+def test_one_process_skips_steps_that_are_not_finite(data, tmp_path, monkeypatch):
+    """Only two in a row would be too many. The average and the warmup, which hears all processes'
+    loss, count the others; and a resumed run goes on in the stream of images, which counts all."""
+    ids, updates, losses, step = [], [], [], t.train_step
+
+    def train_step(*given) -> t.Step:
+        result = step(*given)
+        ids.extend(result.image_ids)
+        return result._replace(mine=[0.0] * len(result.mine))
+    monkeypatch.setattr(t, "train_step", train_step)
+    for part, seen in (t.EMA, updates), (t.WarmupEnd, losses):
+        monkeypatch.setattr(part, "update", lambda self, *given, real=part.update, seen=seen: (
+            seen.append(given[-1]), real(self, *given)))
+    twice = NAN_IMAGE.replace("calls[0] == 3", "calls[0] in (2, 4)")
+    run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 8, "--batch-size", 2,
+             "--workers", 0, "--max-steps", 3, "--max-skipped", 2, patch=twice)
+    run_here("--out", tmp_path, "--resume", "--max-steps", 4)
     state = checkpoint(tmp_path)
-    assert (state["step"], state["skipped"]) == (3, 1)
+    assert (state["step"], state["skipped"]) == (4, 2)
     assert all(t.isfinite().all() for t in tensors(state).values())
+    assert updates == [1, 2, 3, 4] and min(losses) > 0 and len(set(ids)) == len(ids) == 12
 
 
 @pytest.mark.long
@@ -557,6 +584,8 @@ def test_while_ap_is_0_the_best_epochs_are_those_of_highest_oks(data, tmp_path, 
     run_here("--data", data, "--out", tmp_path, *FLAGS, "--epochs", 3, "--batch-size",
              4, "--workers", 0, "--eval-every", 1, "--average-best", 2)
     assert [epoch for _, epoch in checkpoint(tmp_path)["best"]] == [1, 3]
+    assert checkpoint(tmp_path, "best.pt")["step"] == 3  # not written again by worse epochs
+    assert (tmp_path / "best_2.pt").exists()  # until the next evaluation: see finish_epoch
     assert next(scores, None) is None and (tmp_path / "average.pt").exists()
 
 

@@ -303,15 +303,20 @@ def test_a_terminal_without_a_letter_shows_its_number():
 
 
 @pytest.mark.parametrize("evaluated", [(), (12,), (3, 12, 19, 20)])
-def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch, evaluated):
-    """Steps of 2 s with 4 images, half of the time waiting; an evaluation takes 100 s."""
+def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch, capsys,
+                                                           evaluated):
+    """Steps of 2 s with 4 images, half of the time waiting; an evaluation takes 100 s. After step
+    12 another process goes on. The ETA is that of the steps to do now."""
     clock = [1000.0]
     monkeypatch.setattr(draw.time, "monotonic", lambda: clock[0])
-    log = Log(Namespace(out=str(tmp_path), dry_run=False, log_every=10, max_steps=None), 0, 30, 4,
-              40, ("cls",))
+    args = Namespace(out=str(tmp_path), dry_run=False, log_every=10, max_steps=60)
+    log = Log(args, 0, 90, 4, 40, ("cls",))
     for step in range(1, 31):
         clock[0] += 2
         log.step(step, Namespace(sums=[1.0, 1.0], waited=1.0, norm=1.0), 0.1, 1.0)
+        if step == 12:
+            state, log = log.state_dict(), Log(args, 0, 90, 4, 40, ("cls",))
+            log.load_state_dict(state)
         if step in evaluated:
             clock[0] += 100
             log.evaluation(step, "epoch", step, {"AP": 0.1})
@@ -320,6 +325,7 @@ def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch
     assert [line["step"] for line in lines] == [5, 10, 20, 30]
     assert {line["img_s"] for line in lines} == {2.0}
     assert {line["data_wait"] for line in lines} == {0.5}
+    assert capsys.readouterr().out.splitlines()[-1 - (30 in evaluated)].endswith("ETA 1.0 min")
 
 
 def test_the_logged_loss_is_the_steps_own_however_few_scores_and_lines(tmp_path):

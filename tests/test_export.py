@@ -53,7 +53,8 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
     compared, real = [], export.largest_difference
     monkeypatch.setattr(export, "largest_difference", lambda a, b, images: (
         compared.extend(tuple(x.shape) for x in images) or real(a, b, images)))
-    assert call(monkeypatch, "--weights", weights, "--format", kind, "--out", path) is None
+    assert call(monkeypatch, "--weights", weights, "--format", kind, "--out", path, "--conf",
+                "0.02", "--iou", "0.6") is None
     assert {(1, 3, 96, 96), (3, 3, 96, 96), (1, 3, 160, 128), (3, 3, 160, 128)} == set(compared)
     assert os.listdir(tmp_path) == [f"x.{kind}"]
     model, _ = load_model(weights)
@@ -84,7 +85,7 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
         "names": COCO_NAMES, "sigmas": COCO_SIGMAS,
         "edges": [[a - 1, b - 1] for a, b in COCO_EDGES],
         "flip": [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15], "image_size": 96,
-        "pad": "center", "conf": 0.01, "iou": 0.7, "pre": 300, "post": 20}
+        "pad": "center", "conf": 0.02, "iou": 0.6, "pre": 300, "post": 20}
 
 
 def test_the_nms_of_the_docstring_is_evaluates():

@@ -415,9 +415,10 @@ def test_a_teachers_terms_by_hand():
     assert terms["kd_box"] == pytest.approx(3 * 0.5 * kl, rel=1e-5)
     want = 5 * 0.5 * (1 - math.exp(-16 / (8 * 0.01 * area)))
     assert terms["kd_pose"] == pytest.approx(want, rel=1e-5)
-    unsure = said(0.2, [(2, 0.25), (3, 0.75)], 0.5)
-    terms = criterion.distill(student, decode(student), unsure, decode(unsure))
-    assert terms["kd_box"] == terms["kd_pose"] == 0  # under conf
+    for score, learns in ((0.29, False), (0.31, True)):
+        unsure = said(score, [(2, 0.25), (3, 0.75)], 0.5)
+        terms = criterion.distill(student, decode(student), unsure, decode(unsure))
+        assert (terms["kd_box"] > 0) == (terms["kd_pose"] > 0) == learns
 
 
 def crowded(images: int, people: int, size: int) -> tuple[RawOutput, dict[str, Tensor]]:

@@ -74,6 +74,11 @@ def test_every_size_has_the_references_tensors(size, entries, digest, live, fuse
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
+def test_every_score_of_a_new_network_is_near_0_01():
+    for head in YoloNasPose("n").heads.values():
+        torch.testing.assert_close(head.cls_pred.bias.sigmoid(), torch.full((18,), 0.01))
+
+
 def test_unknown_size_is_refused():
     with pytest.raises(ValueError, match="'x' unknown; choose one of n, s, m, l"):
         YoloNasPose("x")

@@ -131,6 +131,9 @@ def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
     want = keypoints[0] - [0.5, 0.5, 0]
     np.testing.assert_allclose(np.reshape(first["keypoints"], (17, 3)), want, atol=1e-2)
     assert Image.open(tmp_path / "o" / "sheet.jpg").size == (1920, 480)
+    call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o", "--results",
+         tmp_path / "fewer.json", "--conf", "0.1", "--iou", "0.1")
+    assert len(json.loads((tmp_path / "fewer.json").read_text())) < len(results)
     scores = sorted(r["score"] for r in results)
     for conf, said in ((scores[5], f"{len(scores) - 5} people in 2 images;"),
                        (1, f"0 people in 2 images (--conf is 1.0, the best score {scores[-1]:.3f}")

@@ -153,6 +153,7 @@ def test_a_dynamic_warmup_waits_until_the_loss_falls():
 def test_warmup_lengths():
     assert warmup_steps("250", 5000, 16) == 250
     assert warmup_steps("3e", 5000, 16) == 938 == warmup_steps("auto", 5000, 16)
+    assert warmup_steps("3e", 5000, 48) == 313 == warmup_steps("auto", 5000, 48)  # 312.5
     assert warmup_steps("auto", 118_287, 256) == 1000
     assert warmup_steps("auto", 5000, 512) == 900  # 100 log2(512)
     with pytest.raises(ValueError, match="expected steps"):
