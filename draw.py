@@ -244,12 +244,14 @@ def html_page(title: str, parts: list[str]) -> str:
 
 
 def say(text: str, stream=None) -> None:
-    """Print a line to stdout or stream. If nobody can read it any more (a closed terminal, a tee
-    that Ctrl-C ended), the run goes on, and all later output is discarded."""
+    """Print a line to stdout or stream, in one piece: other processes write there too. If nobody
+    can read it any more (a closed terminal, a tee that Ctrl-C ended), the run goes on, and all
+    later output is discarded."""
     stream = stream or sys.stdout
     kind = getattr(stream, "encoding", None) or "utf-8"  # not every terminal knows every letter
     try:
-        print(text.encode(kind, "backslashreplace").decode(kind), file=stream, flush=True)
+        stream.write(f"{text}\n".encode(kind, "backslashreplace").decode(kind))
+        stream.flush()
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise

@@ -266,7 +266,7 @@ def run_of(data: Path, out: Path, processes: int, batch: int, accumulate: int = 
 SEEDS = """
 real = t.train_step
 def train_step(*given):
-    print("step seed", torch.initial_seed(), flush=True)
+    t.say(f"step seed {torch.initial_seed()}")  # in one piece: two processes write there
     return real(*given)
 t.train_step = train_step
 """

@@ -302,6 +302,20 @@ def test_a_terminal_without_a_letter_shows_its_number():
     assert stream.buffer.getvalue() == b"n\\xf6se \\ud83d\n"
 
 
+def test_a_line_is_one_write_as_other_processes_write_to_the_same_pipe():
+    class Pipe(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, piece):
+            pieces.append(bytes(piece))
+            return len(piece)
+
+    pieces = []
+    draw.say("a line", io.TextIOWrapper(Pipe(), write_through=True))  # as python -u has it
+    assert pieces == [b"a line\n"]
+
+
 @pytest.mark.parametrize("evaluated", [(), (12,), (3, 12, 19, 20)])
 def test_img_s_is_that_of_the_steps_whenever_one_evaluates(tmp_path, monkeypatch, capsys,
                                                            evaluated):
