@@ -50,9 +50,12 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
     if kind == "onnx":
         onnx_packages()
     path = str(tmp_path / f"x.{kind}")
-    compared, real = [], export.largest_difference
+    compared, programs = [], []
+    real, trace = export.largest_difference, torch.export.export
     monkeypatch.setattr(export, "largest_difference", lambda a, b, images: (
         compared.extend(tuple(x.shape) for x in images) or real(a, b, images)))
+    monkeypatch.setattr(torch.export, "export", lambda *given, **named: (
+        programs.append(trace(*given, **named)) or programs[-1]))
     assert call(monkeypatch, "--weights", weights, "--format", kind, "--out", path, "--conf",
                 "0.02", "--iou", "0.6") is None
     assert {(1, 3, 96, 96), (3, 3, 96, 96), (1, 3, 160, 128), (3, 3, 160, 128)} == set(compared)
@@ -71,7 +74,7 @@ def test_a_file_says_what_the_network_says_at_any_size_and_batch(weights, tmp_pa
         extra = {"nanopose.json": ""}
         program = torch.export.load(path, extra_files=extra)
         inside, names = json.loads(extra["nanopose.json"]), list(program.state_dict)
-        monkeypatch.setattr(torch.export, "export", lambda *given, **named: program)
+        monkeypatch.setattr(torch.export, "export", lambda *given, **named: programs[-1])
         os.symlink("/dev/full", tmp_path / "full.pt2")  # a device without room
         with pytest.raises(OSError, match="No space left"):
             export.write(model.fuse(), str(tmp_path / "full.pt2"), {})
