@@ -258,25 +258,20 @@ def say(text: str, stream=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a text as write_bytes does."""
-    write_bytes(path, text.encode())
-
-
 def save_picture(path: str, picture: Image.Image, quality: int = 90) -> None:
-    """Save a JPEG as write_bytes does; Pillow's own writing may not notice a full disk."""
+    """Save a JPEG as write_file does; Pillow's own writing may not notice a full disk."""
     whole = io.BytesIO()
     picture.save(whole, "JPEG", quality=quality)
-    write_bytes(path, whole.getvalue())
+    write_file(path, whole.getvalue())
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def write_file(path: str, content: bytes | str) -> None:
     """Write a file atomically: readers find either the old file or the complete new one."""
     path = os.path.realpath(path)  # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"  # several processes may write the same file
     try:
         with open(temporary, "wb") as f:
-            f.write(content)
+            f.write(content if isinstance(content, bytes) else content.encode())
         os.replace(temporary, path)
     except OSError as error:
         if os.path.exists(temporary):
@@ -465,7 +460,7 @@ class Log:
         folder = os.path.dirname(self.path)
         self.figures = [html_image(image, caption) for caption, image in pictures] or self.figures
         page = report_page(folder, {folder: read_log(folder)}, self.starts, self.figures)
-        write_text(os.path.join(folder, "report.html"), page)
+        write_file(os.path.join(folder, "report.html"), page)
         now = time.monotonic()
         self.interval, self.ended = self.interval + now - self.ended, now  # excludes evaluation
 
@@ -618,7 +613,7 @@ def main() -> None:
         print(f"{run} has no log.jsonl; left out", file=sys.stderr)
     try:
         runs = {run: read_log(run) for run in begun}
-        write_text(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))
+        write_file(args.out, report_page("Runs" if len(runs) > 1 else begun[0], runs))
     except (ValueError, OSError) as error:
         sys.exit(f"draw.py: {error}")
     say(f"{args.out}: {sum(map(len, runs.values()))} log lines of {len(runs)} runs")

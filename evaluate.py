@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 from data import (COCO_EDGES, COCO_NAMES, PAD_MODES, CocoPose, Skeleton, check_files, collate,
                   find_split, flatten, make_loader, read_json, read_skeleton, undo)
-from draw import card_page, contact_sheet, draw_people, save_picture, write_text
+from draw import card_page, contact_sheet, draw_people, save_picture, write_file
 from model import SIZES, Decoded, YoloNasPose, decode, make_anchors, read_weights
 
 METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large",
@@ -640,9 +640,9 @@ def main() -> None:
     for name, value in metrics.items():
         print(f"{name:10} " + (f"{value:.4f}" if value != -1 else "nobody labeled"))
     if args.metrics:
-        write_text(args.metrics, json.dumps(metrics, indent=1))
+        write_file(args.metrics, json.dumps(metrics, indent=1))
     if args.results:
-        write_text(args.results, json.dumps([r for found in by_image.values() for r in found]))
+        write_file(args.results, json.dumps([r for found in by_image.values() for r in found]))
     if args.card:
         print(f"diagnosing for {args.card}: about a dozen times the scoring", flush=True)
         many = min(args.batch_size, len(dataset))
@@ -660,8 +660,8 @@ def main() -> None:
             "metrics": metrics, **make_card(truth, by_image, skeleton),
             "speed": {"latency_ms": 1000 * latency, "batch": many, "img_s": many / of_many,
                       "evaluation_s": took}}
-        write_text(args.card[:-4] + "json", json.dumps(card, indent=1))
-        write_text(args.card, card_page(card))
+        write_file(args.card[:-4] + "json", json.dumps(card, indent=1))
+        write_file(args.card, card_page(card))
         print(f"wrote {args.card}")
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from data import UNREADABLE, fit_image, to_rgb
-from draw import contact_sheet, draw_people, save_picture, write_text
+from draw import contact_sheet, draw_people, save_picture, write_file
 from evaluate import check_places, load_model, look, parse, people_in, to_coco
 
 
@@ -140,7 +140,7 @@ def main() -> None:
             print(f"{done}/{len(files)} images  {done / (time.monotonic() - start):.1f} img/s",
                   end="\n" if done == len(files) else "\r", flush=True)
     if args.results:
-        write_text(args.results, json.dumps(results))
+        write_file(args.results, json.dumps(results))
     if args.sheet and sheet:
         save_picture(os.path.join(args.out, "sheet.jpg"), contact_sheet(
             [ImageOps.pad(picture, (480, 480)) for picture in sheet], 4), quality=88)

@@ -45,7 +45,7 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   CocoPose, DataError, Skeleton, check_files, describe, find_split, fingerprint,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers, stream)
-from draw import Log, print_plan, say, svg_curves, write_text
+from draw import Log, print_plan, say, svg_curves, write_file
 from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, numbers,
                       quiet_coco, save_people, to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
@@ -702,7 +702,7 @@ def out_of_memory(args: argparse.Namespace, error: RuntimeError) -> None:
     half, advice = args.batch_size // 2, "choose a smaller --image-size or --model"
     if half:
         os.makedirs(args.out, exist_ok=True)  # a node may have a disk of its own
-        write_text(f"{args.out}/out_of_memory", str(half))  # maybe by several processes
+        write_file(f"{args.out}/out_of_memory", str(half))  # maybe by several processes
         advice = (f"try --batch-size {half}" if args.dry_run else
                   f"go on with {half}, same images a step: --resume --out {shlex.quote(args.out)}")
     say(f"train.py: {args.batch_size} images of {args.image_size} px do not fit into memory; "
@@ -945,7 +945,7 @@ def main() -> None:
         if args.dry_run:
             say("\n".join(describe(train_set, "to train on") + describe(val_set, "to evaluate")))
             points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
-            write_text(f"{args.out}/curves.svg", svg_curves(points))
+            write_file(f"{args.out}/curves.svg", svg_curves(points))
     if not args.resume:
         save()  # from here on --resume works
         if rank == 0:
