@@ -216,12 +216,16 @@ def svg_curves(curves: dict[str, list[tuple[float, float]]]) -> str:
         svg_chart({"momentum": curves["momentum"]}, "momentum (Adam: beta1)", width=720)])
 
 
-def html_table(header: list[str], rows: list[list]) -> str:
-    """A table that scrolls inside its box; floats get four digits."""
-    def line(tag: str, values: list) -> str:
+def html_table(rows: list[dict]) -> str:
+    """A table that scrolls inside its box, columns in the longest row's order; floats get four
+    digits. Missing values and -1 (no people) are empty."""
+    def line(tag: str, row: dict) -> str:
+        values = ["" if row.get(name, -1) == -1 else row[name] for name in names]
         cells = [short(value) if isinstance(value, float) else str(value) for value in values]
         return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
-    lines = [line("th", header)] + [line("td", row) for row in rows]
+    longest_first = sorted(reversed(rows), key=len, reverse=True)
+    names = {name: name for row in longest_first for name in row}
+    lines = [line("th", names)] + [line("td", row) for row in rows]
     return f'<div class="table" tabindex="0"><table>{"".join(lines)}</table></div>'
 
 
@@ -318,14 +322,6 @@ def number_chart(runs: dict[str, list[dict]], name: str) -> str:
     return svg_chart(series, title) if any(series.values()) else ""
 
 
-def dict_table(rows: list[dict]) -> str:
-    """A table, columns in the longest row's order. Missing values and -1 (no people) are empty."""
-    longest_first = sorted(reversed(rows), key=len, reverse=True)
-    names = list(dict.fromkeys(name for row in longest_first for name in row))
-    return html_table(names, [["" if row.get(name, -1) == -1 else row[name] for name in names]
-                              for row in rows])
-
-
 def log_tables(run: str, lines: list[dict]) -> str:
     """The numbers of a log as collapsed tables, the newest on top."""
     evaluated, skipped, trained = ([line for line in reversed(lines) if name in line]
@@ -333,7 +329,7 @@ def log_tables(run: str, lines: list[dict]) -> str:
     tables = {"evaluations": evaluated, "the last 100 skipped steps": [
         {**line, "not_finite": ", ".join(line["not_finite"])} for line in skipped[:100]],
         "up to 200 lines of the log": trained[::math.ceil(len(trained) / 200) or 1]}
-    return "".join(f"<details><summary>{escape(run)}: {name}</summary>{dict_table(rows)}</details>"
+    return "".join(f"<details><summary>{escape(run)}: {name}</summary>{html_table(rows)}</details>"
                    for name, rows in tables.items() if rows)
 
 
@@ -352,7 +348,7 @@ def report_page(title: str, runs: dict[str, list[dict]], starts: Sequence[str] =
                      "after epoch": best.get("epoch", ""), "steps": lines[-1]["step"],
                      "epochs": last.get("epoch", ""), "last loss": last.get("loss", ""),
                      "skipped steps": max(line.get("skipped", 0) for line in lines)})
-    parts = [dict_table(rows),
+    parts = [html_table(rows),
              "<p>Curves over optimizer steps; a long one shows means of neighbors.</p>"]
     names = {"Evaluation": EVALUATED, "Loss": terms, "Optimizer and machine": PACE}
     charts = {heading: [number_chart(runs, name) for name in names[heading]] for heading in names}
@@ -395,7 +391,7 @@ longer side. Good to miss are shares, and add up to 1.</p>{keypoints}
 def card_page(card: dict) -> str:
     """The HTML page of evaluate.py --card, from the card's numbers."""
     def table(rows: list[dict], name: str, group: str = "", digits: int = 3) -> str:
-        return dict_table([{"": f"{row[group]}: {row[name]}" if group else row[name]} | {
+        return html_table([{"": f"{row[group]}: {row[name]}" if group else row[name]} | {
             key: f"{value:.{digits}f}" if isinstance(value, float) and value != -1 else value
             for key, value in row.items() if key not in (name, group)} for row in rows])
 

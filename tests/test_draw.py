@@ -189,7 +189,8 @@ def test_pages_need_no_other_file_and_images_come_back():
                     for image in page.images)
     assert np.abs(np.asarray(small).astype(int) - pixels).mean() < 5
     assert large.size == (720, 360) == (int(page.images[1]["width"]), int(page.images[1]["height"]))
-    text = html_table(["a", "b<"], [["x&", 1], [0.12345, math.nan], [-1234567.0, 20_000.0]])
+    text = html_table([dict(zip(["a", "b<"], row)) for row in (
+        ["x&", 1], [0.12345, math.nan], [-1234567.0, 20_000.0])])
     assert Page(text).tables == [[["a", "b<"], ["x&", "1"], ["0.1235", "nan"], ["-1.235M", "20k"]]]
     for source in re.findall(r'(?:src|href|url)\W+(\S{9})', html_page("t", [])):
         assert source.startswith("data:")
