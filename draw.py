@@ -54,8 +54,8 @@ NOTES = {"Loss": "Rises while the keypoint tolerance narrows (--sigma-epochs): w
 
 
 def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, names: list[str],
-                edges: list[list[int]], scores: Sequence[float] | None = None,
-                flip: list[int] | None = None, least: int = 480) -> Image.Image:
+                edges: list[list[int]], flip: list[int], scores: Sequence[float] | None = None,
+                least: int = 480) -> Image.Image:
     """Copy the image and draw a skeleton and box per person: left orange, right blue, else green.
 
     The copy is enlarged if its longer side is under `least` px, or details would be lost. In a
@@ -70,11 +70,9 @@ def draw_people(image: Image.Image, boxes: np.ndarray, keypoints: np.ndarray, na
     width, font = max(round(side / 240), 1), max(11, side // 34)
     rim = width + 2 * math.ceil(width / 2) if side >= 160 else width  # black, to show on any image
     colors = []
-    for i, j in enumerate(flip or range(len(names))):
+    for i, j in enumerate(flip):
         left = "left" in names[i].lower() or i < j and "left" not in names[j].lower()
-        right = "right" in names[i].lower() or i != j
-        sided = flip is None or i != j
-        colors.append(LEFT if sided and left else RIGHT if sided and right else MIDDLE)
+        colors.append(MIDDLE if i == j else LEFT if left else RIGHT)
     for i, ((x1, y1, x2, y2), person) in enumerate(zip(boxes.tolist(), keypoints)):
         seen = person[:, 2] > (0 if scores is None else 0.3)
         lines = [([x1, y1, x2, y1, x2, y2, x1, y2, x1, y1], BOX if seen.any() else IGNORED)]

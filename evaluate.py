@@ -261,7 +261,7 @@ def draw_samples(dataset: CocoPose, keys: list[tuple[int, int]],
         people = [people_in(out, b, np.eye(2, 3), min(0.3, out.scores[b].max().item()))
                   for b in range(len(samples))]
     return [draw_people(Image.fromarray(sample["image"]), boxes, keypoints, skeleton.names,
-                        skeleton.edges, scores, skeleton.flip)
+                        skeleton.edges, skeleton.flip, scores)
             for sample, (boxes, scores, keypoints) in zip(samples, people)]
 
 

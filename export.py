@@ -270,10 +270,7 @@ def main() -> None:
             files = [written, os.path.join(folder, "int8.onnx")]
             to_int8(*files, ranges, file["skeleton"]["sigmas"])
             for written in files:
-                try:
-                    ap = average_precision(open_file(written), val_set, labels, args)
-                except DataError as error:
-                    sys.exit(f"export.py: {error}")
+                ap = average_precision(open_file(written), val_set, labels, args)
                 run = open_file(written, threads=1)
                 print(f"{os.path.basename(written):12} AP {ap:.4f}  "
                       f"{os.path.getsize(written) / 1e6:.2f} MB  "
@@ -285,5 +282,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # a full disk
+    except (DataError, OSError) as error:  # a broken image to score on, a full disk
         sys.exit(f"export.py: {error}")

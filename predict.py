@@ -129,7 +129,7 @@ def main() -> None:
         for path, (boxes, scores, keypoints) in zip(images, found):
             best, n = max([best, *scores[:1]]), (scores >= args.conf).sum()
             picture = draw_people(images[path], boxes[:n], keypoints[:n], skeleton["names"],
-                                  skeleton["edges"], scores[:n], skeleton["flip"])
+                                  skeleton["edges"], skeleton["flip"], scores[:n])
             picture.thumbnail((65_500, 65_500))  # no JPEG is larger
             save_picture(paths[path], picture, quality=92)
             sheet += [picture] if len(sheet) < 16 else []

@@ -377,18 +377,18 @@ PATIENT = {"patience": 9, "sigma_epochs": 5.0, "epochs": 9}
 @pytest.mark.parametrize("name, flip, color", [
     ("left eye", [0, 1], draw.MIDDLE), ("left eye", [1, 0], draw.LEFT),
     ("eyeRight", [1, 0], draw.RIGHT),
-    ("left eye", None, draw.LEFT), ("a", [1, 0], draw.RIGHT)])
+    ("a", [1, 0], draw.RIGHT)])
 def test_a_keypoint_of_no_pair_is_green_whatever_its_name(name, flip, color):
     picture = draw.draw_people(Image.new("RGB", (480, 480)), np.array([[9, 9, 400, 400]]),
                                np.array([[[200, 200, 2], [0, 0, 0]]]), [name, "eyeLeft"], [],
-                               flip=flip)
+                               flip)
     assert picture.getpixel((200, 200)) == color
 
 
 def test_the_score_stands_above_its_box_and_hides_no_keypoint():
     boxes, points = np.array([[99, 99, 300, 300.0]]), np.array([[[108.0, 106, 1], [250, 250, 1]]])
     first, second = (np.array(draw.draw_people(Image.new("RGB", (480, 480)), boxes, points,
-                                               ["a", "b"], [[0, 1]], scores=[score]))
+                                               ["a", "b"], [[0, 1]], [0, 1], [score]))
                      for score in (0.44, 0.99))
     assert (first[98:] == second[98:]).all() and (first[80:98] != second[80:98]).any()
 

@@ -243,7 +243,7 @@ def test_bad_input_gets_one_line(weights, tmp_path, monkeypatch, capsys, flags, 
 def test_left_is_orange_and_right_blue_also_of_pairs_that_only_flags_name(names, flip, colors):
     keypoints = np.array([[[30, 20, 2], [60, 50, 2], [90, 80, 2]]])
     drawn = draw_people(Image.new("RGB", (120, 120)), np.array([[1, 1, 119, 119]]), keypoints,
-                        names, [], flip=flip)
+                        names, [], flip)
     assert drawn.size == (480, 480)  # enlarged, and so are the places
     assert [drawn.getpixel((4 * x, 4 * y)) for x, y, _ in keypoints[0].tolist()] == colors
 
@@ -255,8 +255,8 @@ def test_skeletons_are_seen_on_any_ground_at_any_size(ground, side):
     image = Image.new("RGB", (side, side), ground)
     keypoints = np.array([[[0.2, 0.5, 1], [0.8, 0.5, 1]]]) * [side, side, 1]
     boxes = np.array([[-0.1, -0.1, 1.1, 0.9]]) * side
-    drawn = np.asarray(draw_people(image, boxes, keypoints, ["left_a", "right_a"], [[0, 1]], [0.5],
-                                   least=side))
+    drawn = np.asarray(draw_people(image, boxes, keypoints, ["left_a", "right_a"], [[0, 1]],
+                                   [1, 0], [0.5], least=side))
     changed = np.abs(drawn.astype(int) - np.asarray(image)).sum(-1) > 100
     column = changed[int(0.45 * side):int(0.55 * side), side // 2]
     assert 0.004 * side <= column.sum() <= 0.03 * side
