@@ -240,11 +240,8 @@ def ema_decay(kind: str, decay: float, step: int, total_steps: int) -> float:
 
     threshold soon forgets the early weights; exp rises more slowly in a longer run.
     """
-    decays = {"threshold": min(decay, (1 + step) / (10 + step)),
-              "exp": decay * (1 - math.exp(-50 * step / total_steps)), "constant": decay}
-    if kind not in decays:
-        raise ValueError(f"EMA kind {kind!r} unknown; choose {', '.join(decays)}")
-    return decays[kind]
+    return {"threshold": min(decay, (1 + step) / (10 + step)), "constant": decay,
+            "exp": decay * (1 - math.exp(-50 * step / total_steps))}[kind]
 
 
 class EMA:
