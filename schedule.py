@@ -122,18 +122,14 @@ def sigma_scale(step: int, steps: int, start: float) -> float:
     return start ** (1 - min(step / steps, 1)) if steps > 0 else 1.0
 
 
-def epoch_ends(epochs: int, images: int, global_batch: int) -> dict[int, int]:
-    """{optimizer step: the last epoch that it completes}, steps and epochs counted from 1."""
-    return {math.ceil(e * images / global_batch): e for e in range(1, epochs + 1)}
-
-
 def make_plan(args: argparse.Namespace, images: int,
               global_batch: int) -> tuple[dict[int, int], Plan]:
-    """Return epoch_ends and the plan of the learning rate.
+    """Return {optimizer step: the last epoch that it completes}, steps and epochs counted from 1,
+    and the plan of the learning rate.
 
     args are train.py's flags. Raises ValueError if they do not fit the number of steps.
     """
-    ends = epoch_ends(args.epochs, images, global_batch)
+    ends = {math.ceil(e * images / global_batch): e for e in range(1, args.epochs + 1)}
     if not args.resume and set(args.save_epochs) - set(ends.values()):
         raise ValueError(f"--save-epochs {args.save_epochs}: some of these do not end "
                          f"with a step (which may span several); choose others up to {args.epochs}")
@@ -154,8 +150,7 @@ def make_plan(args: argparse.Namespace, images: int,
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int = 0,
-                   warmup_mult: dict[str, float] = {}, bias_ratio: float | None = None
-                   ) -> LambdaLR:
+                   warmup_mult: dict[str, float] = {}, bias_ratio: float | None = None) -> LambdaLR:
     """lr_share as a LambdaLR that starts at `step`; call its step() after the optimizer's.
 
     The groups' lr (when resuming, their initial_lr) is the peak. In the first warmup, biases start

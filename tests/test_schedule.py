@@ -184,6 +184,14 @@ def test_drops_are_asked_for_in_epochs_and_planned_in_steps():
         make_plan(args, 95, 10)
 
 
+def test_evaluation_comes_after_the_step_that_completes_an_epoch():
+    args = parse_args(["--warmup", "0", "--epochs", "3"])
+    fill_recipe(args)
+    assert make_plan(args, 10, 4)[0] == {3: 1, 5: 2, 8: 3}
+    args.epochs = 4
+    assert make_plan(args, 2, 4)[0] == {1: 2, 2: 4}  # two epochs in one step
+
+
 def test_a_dynamic_warmup_ends_with_the_cycle():
     for most, end in ((math.inf, 21), (12, 12), (5, 7)):
         warmup = WarmupEnd(7, True, most)

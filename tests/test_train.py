@@ -25,7 +25,7 @@ from loss import TERMS, LossWeights, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
-from schedule import epoch_ends, make_optimizer, param_groups
+from schedule import make_optimizer, param_groups
 from test_distributed import run_here
 from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
                    make_model, mean_of, note_bad, open_data, out_of_memory, parse_args, train_step)
@@ -748,11 +748,6 @@ def test_want_of_memory_is_known_whoever_says_so(error, tmp_path, monkeypatch, c
     assert (tmp_path / "out_of_memory").read_text() == "4"
     with pytest.raises(RuntimeError, match="shape"):
         out_of_memory(args, RuntimeError("shape '[2]' is invalid"))
-
-
-def test_evaluation_comes_after_the_step_that_completes_an_epoch():
-    assert epoch_ends(3, 10, 4) == {3: 1, 5: 2, 8: 3}
-    assert epoch_ends(4, 2, 4) == {1: 2, 2: 4}  # two epochs in one step
 
 
 def test_every_flag_has_a_default_and_is_of_its_kind():
