@@ -503,6 +503,50 @@ def test_sigmas_are_the_rulers_of_ap_and_are_said(small, official_n, run):
         labels = json.loads((small / "set/annotations/person_keypoints_val2017.json").read_text())
         want = evaluate.keypoint_ap(quiet_coco(labels), by_image, wide if flags else COCO_SIGMAS)
         assert card["metrics"] == pytest.approx(want, abs=1e-12)
+        worst = card["worst images"]  # all eight
+        assert len(worst) == 8
+        assert sum(row["OKS"] * row["people"] for row in worst) / sum(
+            row["people"] for row in worst) == pytest.approx(card["metrics"]["OKS"], rel=1e-6)
+
+
+def test_the_protocol_and_the_speed_are_those_of_the_run(small, run, monkeypatch):
+    """A second an image, by a clock that says how many images a pass has."""
+    passes, look = [], evaluate.look
+    monkeypatch.setattr(evaluate, "look", lambda model, images, *how: passes.append(
+        len(images)) or look(model, images, *how))
+    monkeypatch.setattr(evaluate, "seconds", lambda call: call() and float(passes[-1]))
+    for pad in "center", "bottom_right":
+        run("--card", str(small / "c.html"), "--conf", "0.02", "--iou", "0.5", "--pad", pad)
+        card = json.loads((small / "c.json").read_text())
+        assert (card["speed"]["latency_ms"], card["speed"]["img_s"]) == (1000, 1)
+        assert [card["protocol"][name] for name in ("smallest score", "NMS overlap", "padding",
+                                                    "image size")] == [0.02, 0.5, pad, "64 px"]
+
+
+def test_thresholds_reach_the_results(small, run):
+    """--iou leaves fewer, --conf exactly the better ones."""
+    def scores(*flags: str) -> list[float]:
+        run("--results", str(small / "r.json"), *flags)
+        return sorted(r["score"] for r in json.loads((small / "r.json").read_text()))
+    every = scores()
+    assert len(scores("--iou", "0.1")) < len(every)
+    assert scores("--conf", repr(every[9])) == every[9:]
+
+
+def test_predictions_from_0_3_on_are_drawn_and_always_the_best(monkeypatch):
+    limits = []
+    monkeypatch.setattr(evaluate, "people_in", lambda out, b, m, conf: limits.append(conf) or (
+        np.zeros((0, 4)), [], np.zeros((0, 17, 3))))
+    monkeypatch.setattr(evaluate, "look", lambda *_: (Decoded(
+        None, torch.tensor([[0.1, 0.9], [0.1, 0.2]]), None, None), None))
+    sample = {"image": np.zeros((64, 64, 3), np.uint8), "boxes": np.zeros((0, 4)), "keypoints":
+              np.zeros((0, 17, 3)), "crowd": np.zeros(0, bool), "image_id": 1, "bad": [],
+              "matrix": np.eye(2, 3)}
+
+    class Samples(list):
+        skeleton = SKELETON
+    evaluate.draw_samples(Samples([sample, sample]), [0, 1], torch.nn.Identity())
+    assert limits == pytest.approx([0.3, 0.2])
 
 
 def test_a_flip_test_without_pairs_is_refused(small, official_n, tmp_path, monkeypatch):

@@ -286,6 +286,19 @@ def test_an_occluder_covers_the_mask_too():
     assert covered.any() and torch.equal(mask[0] == 0, covered)
 
 
+def test_an_occluder_has_its_persons_shape():
+    """It reaches 5 to 20 % of the box's width and height on each side of a keypoint."""
+    sizes = []
+    for seed in range(50):
+        image = torch.full((3, 512, 512), PAD_GRAY, dtype=torch.uint8)
+        data.occlude(image, None, np.array([[0.0, 0, 500, 100]]), np.array([[[250.0, 250, 2]]]),
+                     np.random.default_rng(seed), 1.0)
+        rows, columns = np.nonzero((image != PAD_GRAY).any(0).numpy())
+        sizes.append((int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1))
+    (narrow, low), (wide, high) = np.min(sizes, 0), np.max(sizes, 0)
+    assert 46 <= narrow < 80 and 180 < wide <= 204 and 6 <= low < 18 and 34 < high <= 44
+
+
 def test_an_occluder_hides_what_it_covers_and_nothing_else(tmp_path):
     coco = dot_images(tmp_path, ".png", count=4)
     covering = PLAIN._replace(occlude=1.0)
@@ -526,6 +539,7 @@ def test_another_size_moves_points_with_pixels_and_is_drawn_by_step_alone(tmp_pa
     sizes = [data.random_size(320, 0.5, 3, step) for step in range(200)]
     assert set(sizes) == set(range(160, 481, 32))
     assert sizes == [data.random_size(320, 0.5, 3, step) for step in range(200)]
+    assert sizes != [data.random_size(320, 0.5, 4, step) for step in range(200)]
     assert data.random_size(320, 0.0, 3, 7) == 320
 
 
@@ -598,6 +612,22 @@ def test_a_set_is_described_and_each_fault_found(tmp_path):
                  "1 people whose left and right may be swapped, like 3.png",
                  "1 broken images, like 9.png"):
         assert line in text, text
+
+
+def test_a_sets_numbers_are_of_its_people_and_of_the_padded_input(tmp_path):
+    """400 x 100 px become 200 x 50: a box of 80 x 20 px has sides of 20. One of three people lacks
+    b; a crowd and somebody without keypoints do not count."""
+    Image.new("RGB", (400, 100)).save(tmp_path / "a.png")
+    seen = [[9, 9, 2, 20, 20, 2], [9, 9, 2, 0, 0, 0], [9, 9, 2, 20, 20, 2], [0] * 6, [9, 9, 2] * 2]
+    coco = labels([{"id": 1, "file_name": "a.png", "width": 400, "height": 100}], [
+        {"id": i, "image_id": 1, "bbox": [i, 5, 80, 20] if i < 3 else [i, 0, 350, 90],
+         "keypoints": k, "num_keypoints": sum(v > 0 for v in k[2::3]), "iscrowd": int(i == 4)}
+        for i, k in enumerate(seen)], ["a", "b"])
+    coco["categories"][0]["skeleton"] = []
+    ds = dataset(coco, tmp_path, 200)
+    assert data.describe(ds, "to train on")[1:3] == [
+        "labeled       a 100%, b 67%", "box sides     20, 20, 20 px at 200 px "
+        "(5, 50, 95 % of the people; the root of the area)"]
 
 
 def test_every_split_of_the_stream_sees_the_same_images_in_the_same_steps():
@@ -769,6 +799,12 @@ def test_an_image_of_another_size_than_the_json_says_is_refused(tmp_path):
     record["width"] += 1
     with pytest.raises(ValueError, match="its json says [0-9x]*;"):
         dataset(coco, tmp_path)[0, 0]
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    Image.fromarray(np.full((200, 300), 200 * 256 + 7, np.uint16)).save(tmp_path / "a.png")
+    coco = labels([{"id": 1, "file_name": "a.png", "width": 300, "height": 200}], [])
+    assert (dataset(coco, tmp_path, 64, "bottom_right")[0, 0]["image"][10, 10] == 200).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1"])

@@ -494,6 +494,33 @@ def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path, capsys):
         assert ("longer: --resume --out 'a b' --patience 50 --epochs N" in out) == ("done" in said)
 
 
+def test_a_run_that_finds_nobody_says_its_oks(tmp_path, capsys):
+    args = Namespace(out=str(tmp_path), dry_run=False, log_every=9, max_steps=None)
+    stopper = EarlyStopping(9)
+    stopper.update(0.25 - 1, 1)
+    Log(args, 0, 10, 4, 40, ("cls",)).end(10, 1, 1, stopper, "x")
+    assert "AP 0.001 or less, best OKS 0.250 after epoch 1" in capsys.readouterr().out
+
+
+def test_the_curve_of_the_momentum_is_the_momentums():
+    curves = {"neck": [(0, 0.1), (9, 0.2)], "momentum": [(0, 0.8), (9, 0.9)]}
+    one, two = re.findall("<svg y.*?</svg>", draw.svg_curves(curves), re.S)
+    assert "neck: 0.2 at 9" in one and "momentum: 0.9 at 9" in two and "neck" not in two
+
+
+def test_what_gains_most_is_named_first():
+    errors = [{"kind": kind, "of": "people", "count": 1, "share": 1.0, "AP": 0.5, "gain": gain}
+              for kind, gain in (("a", 0.1), ("b", 0.3), ("c", 0.0001), ("d", 0.2))]
+    page = draw.card_page({
+        "errors": errors, "scores": [{"group": "images", "which": which, "images": n, "people": 1,
+                                      "AP": 0.5} for which, n in (("all", 5), ("labeled", 3))],
+        "keypoints": [{"keypoint": "a"}], "worst images": [{"file": "a"}], "metrics": {"AP": 0.5},
+        "protocol": {"weights": "w"},
+        "speed": {"latency_ms": 1, "batch": 8, "img_s": 2, "evaluation_s": 3}})
+    assert "b (people) by 0.300, d (people) by 0.200, a (people) by 0.100." in page
+    assert "5 images, 2 of them without labeled people" in page
+
+
 def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch, tmp_path):
     args = train.parse_args(["--out", str(tmp_path), "--freeze", "neck,backbone:2,bn:-3"])
     skeleton = Namespace(names=["nose"], flip=[0], sigmas=[0.05])

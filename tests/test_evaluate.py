@@ -163,9 +163,14 @@ def test_images_without_people_or_detections_count(drawn):
 def test_a_split_is_opened_as_the_checkpoint_wants_it(drawn, official_n, tmp_path):
     """Official files know COCO's keypoints, 640 px and the corner; flags come before them. Crowds
     alone are no masks, and keypoints other than ours are refused."""
-    _, file = load_model(official_n, "n")
+    model, file = load_model(official_n, "n")
     assert (file["skeleton"]["names"], file["image_size"], file["pad"]) == (
         COCO_NAMES, 640, "bottom_right")
+    args = {"model": "n", "image_size": 64, "train_pad": "bottom_right", "val_pad": "center"}
+    torch.save({"format": "nanopose", "args": args, "skeleton": file["skeleton"],
+                "model": model.state_dict()}, tmp_path / "own.pt")
+    _, file = load_model(str(tmp_path / "own.pt"))
+    assert (file["image_size"], file["pad"]) == (64, "center")
     _, file = load_model(official_n, "n", 96, "center")
     labels = json.loads(Path(f"{drawn}/annotations/person_keypoints_val2017.json").read_text())
     for ann in labels["annotations"]:

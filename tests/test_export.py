@@ -175,7 +175,12 @@ def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_pa
     monkeypatch.setattr(export, "parts_of", few)
     monkeypatch.setattr(export, "cost", lambda *a: costs.pop(0))
     costs = [torch.tensor(row) for row in ([0.0, 0.0], [1.0, 0.0])]
+    seen, to_int8 = [], export.to_int8
+    monkeypatch.setattr(export, "to_int8", lambda *a: seen.extend(a[2]) or to_int8(*a))
     assert call(monkeypatch, *flags) is None
+    train_set, _ = export.open_split(f"{labels}train2017.json", str(tmp_path / "people/train2017"),
+                                     load_model(weights)[1])
+    assert len(seen) == 4 and all(map(torch.equal, seen, export.pixels(train_set, 4)))
     assert len(parts) == 22 and not any("decode" in name or name == "" for name in parts)
     made = onnx.load(str(path))
     graph, inside = made.graph, {p.key: json.loads(p.value) for p in made.metadata_props}
@@ -186,6 +191,17 @@ def test_int8_is_small_and_spares_decoding_and_what_is_sensitive(weights, tmp_pa
         assert bool(names) == int8, part
     assert os.path.getsize(path) < 28e6 * 0.8  # stage4 has 30 % of the weights
     assert {p.key for p in onnx.load(str(path)).metadata_props} >= {"names", "sigmas", "image_size"}
+
+
+def test_in_int8_a_part_may_move_neither_keypoints_nor_scores(monkeypatch):
+    onnx_packages()
+    costs = [torch.tensor(row) for row in ([1.0, 0.0], [0.0, 1.0])]
+    monkeypatch.setattr(export, "open_file", lambda path: None)
+    monkeypatch.setattr(export, "parts_of", lambda path: {"a": ["a"], "b": ["b"]})
+    monkeypatch.setattr(export, "quantize", lambda *a: None)
+    monkeypatch.setattr(export, "cost", lambda *a: costs.pop(0))
+    with pytest.raises(SystemExit, match="every part would cost too much"):
+        export.to_int8("x", "y", [], [])
 
 
 def test_what_int8_costs_by_hand():

@@ -115,9 +115,18 @@ def test_a_turned_photo_shows_the_same_people(weights, tmp_path, monkeypatch, ca
 def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
     for i, name in enumerate(("000000000007.png", "000000000003.png")):
         photo(120, 80, i).save(tmp_path / name)
-    call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o", "--results",
-         tmp_path / "found.json", "--conf", "0.1", "--sheet")
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr("predict.draw_people", lambda *a: drawn.append(a) or draw_people(*a))
+        call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", tmp_path / "o",
+             "--results", tmp_path / "found.json", "--conf", "0.1", "--sheet")
     results = json.loads((tmp_path / "found.json").read_text())
+    shown = [person for _, boxes, keypoints, _, _, _, scores in drawn
+             for person in zip(boxes.tolist(), scores.tolist(), keypoints - [0.5, 0.5, 0])]
+    assert len(drawn) == 2 and len(shown) == len(results) > 2
+    for (box, score, keypoints), r in zip(shown, results):  # each picture has its file's people
+        assert (box, score, 1) == (r["box"], r["score"], r["category_id"])
+        np.testing.assert_allclose(np.reshape(r["keypoints"], (-1, 3)), keypoints)
     assert {r["image_id"] for r in results} == {3, 7}
     truth = quiet_coco({"images": [{"id": 3}, {"id": 7}], "annotations": [], "categories": [
         {"id": 1, "name": "person", "keypoints": COCO_NAMES}]})

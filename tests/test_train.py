@@ -19,13 +19,13 @@ import bench
 import evaluate
 import train
 from data import (COCO_NAMES, FLIP, MOSAIC_HEAVY, CocoPose, DataError, Skeleton, collate, flatten,
-                  read_json, read_skeleton)
+                  random_size, read_json, read_skeleton)
 from evaluate import load_model
 from loss import TERMS, LossWeights, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
 from predict import predict
-from schedule import make_optimizer, param_groups
+from schedule import EMA, WarmupEnd, make_optimizer, param_groups
 from test_distributed import run_here
 from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
                    make_model, mean_of, note_bad, open_data, out_of_memory, parse_args, train_step)
@@ -96,6 +96,7 @@ def test_a_run_says_its_plan_and_leaves_what_it_promised(small):
         assert (small / "run" / name).stat().st_size > 1000
     last = torch.load(small / "run" / "last.pt", weights_only=True)
     assert last["format"] == "nanopose" and last["step"] == 8
+    assert {"model", "ema", "optimizer", "scaler", "stopper", "log", "warmup", "bad"} <= last.keys()
     assert last["args"]["train_pad"] == "center" and last["args"]["val_pad"] == "bottom_right"
     assert last["skeleton"]["names"][5] == "left_shoulder"
     assert not list((small / "run").glob("*.tmp"))
@@ -247,6 +248,22 @@ def test_a_steps_gradient_is_divided_once_by_its_scores_then_clipped(small):
         assert (done.norm, done.sums[0]) == pytest.approx((want.norm().item(), total), rel=1e-9)
 
 
+@pytest.mark.parametrize("unsynced", [True, False])
+def test_a_step_averages_the_statistics_of_unsynced_norms_alone(small, monkeypatch, unsynced):
+    args = parse_args(["--data", str(small / "people"), "--image-size", "64", "--batch-size", "2",
+                       "--augment", "none", *["--no-sync-bn"] * unsynced])
+    fill_recipe(args)
+    data, model, averaged = open_data(args, 0)[0], YoloNasPose("n"), []
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda flat: None)
+    monkeypatch.setattr(train, "average_statistics", averaged.append)
+    flat = flat_gradients([p for p in model.parameters() if p.requires_grad], len(TERMS) + 3)
+    train_step(model, None, PoseLoss(torch.tensor(data.skeleton.sigmas)),
+               iter([collate([data[0, 0], data[0, 1]])]), torch.optim.SGD(model.parameters(), 0.0),
+               torch.amp.GradScaler("cpu", enabled=False), flat, args, 64, 8.0, False)
+    assert averaged == [model] * unsynced
+
+
 def test_a_step_that_is_not_finite_leaves_the_model_as_it_was(small):
     args = parse_args(["--data", str(small / "people"), "--image-size", "64", "--batch-size", "2",
                        "--augment", "none"])
@@ -278,6 +295,30 @@ def test_a_step_starts_few_operators():
     with bench.Operators() as operators:
         parts["step"]()
     assert operators.count <= 2300  # 146 convolutions and 135 norms, forward and backward: 1,400
+
+
+def test_flags_of_rate_average_and_size_reach_their_parts(small, tmp_path, monkeypatch, capsys):
+    """Two cycles of 4 steps; the first's warmup of 2 steps is made 4 long: the rates follow."""
+    ends, averages, sizes, resize = [], [], [], train.resize
+    monkeypatch.setattr(train, "WarmupEnd", lambda *a: ends.append(WarmupEnd(*a)) or ends[-1])
+    monkeypatch.setattr(train, "EMA", lambda *a: averages.append(EMA(*a)) or averages[-1])
+    monkeypatch.setattr(train, "resize", lambda *a: sizes.append(a[2]) or resize(*a))
+    monkeypatch.setattr(WarmupEnd, "update", lambda self, *_: setattr(self, "end", 4))
+    here(monkeypatch, capsys, train, "--data", small / "people", *SMALL, "--out", tmp_path,
+         "--workers", 0, "--max-steps", 2, "--restarts", 1, "--dynamic-warmup", "--ema", "exp",
+         "--lr", 0.01, "--lr-batch", 16, "--lr-scale", "sqrt", "--max-lr", 0.004, "--warmup-mult",
+         "neck=0.5", "--multi-scale", 0.5, "--seed", 9)
+    assert ends[0].dynamic and ends[0].most == 2 and averages[0].kind == "exp"
+    assert sizes == [random_size(64, 0.5, 9, step) for step in (0, 1)] == [96, 32]
+    assert [line["lr"] for line in log_lines(tmp_path)] == pytest.approx([0, 0.001])
+    for group in torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["param_groups"]:
+        assert group["lr"] == pytest.approx(0.002 * (0.75 if group["part"] == "neck" else 1))
+
+
+def test_memory_is_said_in_gb(monkeypatch):
+    usage = Namespace(ru_maxrss=3 * (2**30 if sys.platform == "darwin" else 2**20))
+    monkeypatch.setattr(train.resource, "getrusage", lambda who: usage)
+    assert train.largest_memory(torch.device("cpu")) == 3
 
 
 def test_the_reference_recipe_reaches_loss_labels_and_tolerance(small):
@@ -829,6 +870,8 @@ def test_a_run_in_a_used_folder_begins_its_own_log_and_keeps_to_its_images(small
     said, _ = here(monkeypatch, capsys, train, "--out", tmp_path / "run", "--resume")
     assert "done at step 3 of 3" in said
     assert [line.get("epoch") for line in log_lines(tmp_path / "run") if "AP" in line] == [4, 6]
+    stopper = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["stopper"]
+    assert stopper["best_epoch"] in (4, 6)
 
 
 def test_a_mean_of_files_by_hand(tmp_path):
