@@ -10,7 +10,7 @@ Inside  json, in ONNX as metadata, in pt2 as the extra file nanopose.json: the k
         flip, edges, sigmas; image_size and pad: scale an image by image_size / its longer side,
         pad with 127 (bottom_right, or center: all around). fit_image in data.py does exactly this:
         it reduces by 2, 4, ... (the mean of as many pixels), then resamples bilinearly, by just
-        that factor, like Pillow's transform; its resize blurs, and moves keypoints by a pixel;
+        that factor, like Pillow's transform, to a gray level; its resize moves keypoints by 1 px;
         conf, iou, pre, post of evaluate.py's select (these are for AP: predict.py takes conf 0.3,
         pre 2000, post 300)
 
