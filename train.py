@@ -444,7 +444,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoPose, CocoPose, 
         none = args.close_mosaic >= args.epochs and not args.resume
         if none or not augment._replace(**changes).mosaic:
             raise ValueError(f"--close-mosaic {args.close_mosaic}: no epoch of {args.epochs} has a "
-                             f"mosaic then, with --augment {args.augment}; give fewer, or --mosaic")
+                             f"mosaic then; give fewer, or --mosaic above 0")
         changes["last_mosaic"] = args.epochs - args.close_mosaic
     augment = augment._replace(**changes)
     cached = args.cache != "none" and not (args.cache == "disk" and args.dry_run)
@@ -601,6 +601,8 @@ def read_run(args: argparse.Namespace, rank: int, launch: str) -> dict | None:
         return None
     restarted = launch and saved["launch"] == launch
     if not (args.resume or restarted):
+        if saved["step"] == 0:
+            return None  # it ended, maybe by an error, before its first step: nothing would be lost
         raise ValueError(f"{args.out} already holds a run; add --resume to go on with it, or give "
                          f"another --out")
     there = from_rank_0([b for b in saved["best"] if os.path.exists(f"{args.out}/best_{b[1]}.pt")])

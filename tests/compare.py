@@ -1,6 +1,6 @@
 """Compare two runs' checkpoints, tensor by tensor: weights, averages, optimizer.
 
-    python tests/compare.py runs/a runs/b        # their last.pt; or name two files
+    python tests/compare.py runs/a runs/b        # their last.pt; or two files of one kind
 
 Says how many tensors differ by at least a bit, which of the network's differs most (the norm of the
 difference as a share of the tensor's norm), and how far all of these, laid end to end, are apart.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"train": 1033, "model": 597, "loss": 317, "data": 887, "schedule": 291, "evaluate": 672,
+LINES = {"train": 1035, "model": 597, "loss": 317, "data": 887, "schedule": 291, "evaluate": 672,
          "draw": 617, "people": 206, "predict": 157, "export": 286}
 MAY_IMPORT = {"train": set(LINES) - {"train"}, "predict": {"evaluate", "model", "data", "draw"},
               "export": {"evaluate", "model", "data", "draw"},
@@ -35,7 +35,8 @@ def test_imports_form_a_tree_of_known_packages(name):
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_files_and_functions_can_be_read(name):
     text = (ROOT / f"{name}.py").read_text().splitlines()
-    assert [number for number, line in enumerate(text, 1) if len(line) > 100] == []
+    long = [number for number, line in enumerate(text, 1) if len(line) > 100]
+    assert long == [], "lines of more than 100 columns"
     for node in ast.walk(FILES[name]):
         if isinstance(node, ast.FunctionDef):
             longest = {"main": 120, "parse_args": 180}.get(node.name, 60)

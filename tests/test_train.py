@@ -537,6 +537,20 @@ def test_broken_data_gets_one_line_that_names_the_file(small, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_fails_in_its_first_step_leaves_its_folder_to_the_next(small, tmp_path,
+                                                                          monkeypatch, capsys):
+    flags = ["--data", small / "people", *SMALL, "--out", tmp_path / "run", "--max-steps", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            here(patch, capsys, train, *flags)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 0
+    here(monkeypatch, capsys, train, *flags, "--seed", 7)
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (last["step"], last["args"]["seed"]) == (1, 7)
+    assert "already holds a run" in refusal(monkeypatch, capsys, flags, 1)
+
+
 def test_an_image_that_cannot_be_read_is_named_and_replaced_by_the_next(small, tmp_path,
                                                                         monkeypatch, capsys):
     shutil.copytree(small / "people", tmp_path / "people")
