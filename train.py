@@ -776,12 +776,14 @@ def make_model(args: argparse.Namespace, skeleton: Skeleton, device: torch.devic
     return sync_batch_norm(model) if sync else model, teacher, criterion, report
 
 
-def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) -> None:
+def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int,
+           compiled: bool = False) -> None:
     """Set training mode, except for the parts that are frozen in this epoch (counted from 0).
 
     Frozen norms are in eval mode, and frozen parameters have no gradient at all: with a gradient
     of 0 the optimizer would still move them, by weight decay and momentum.
     """
+    changed = False
     frozen = {part for part, n in ranges.items()
               if n == 0 or (epoch < n if n > 0 else epoch >= epochs + n)}
     for name, module in model.named_modules():
@@ -790,8 +792,11 @@ def freeze(model: nn.Module, ranges: dict[str, int], epoch: int, epochs: int) ->
         module.training = not stays
         for p in module.parameters(recurse=False):
             if hasattr(p, "piece"):  # set by flat_gradients; the others never train
+                changed |= p.requires_grad == stays
                 p.requires_grad_(not stays)
                 p.grad = None if stays else p.piece
+    if changed and compiled:
+        torch.compiler.reset()  # torch 2.6 would go on with the graph of before
 
 
 def give_up(what: str, steps: int, result: Step, rank: int) -> None:
@@ -969,7 +974,7 @@ def main() -> None:
         if at.step >= stop or stopper.over(at.evaluated):
             break
         if args.freeze:
-            freeze(model, args.freeze, at.step * global_batch // images, args.epochs)
+            freeze(model, args.freeze, at.step * global_batch // images, args.epochs, args.compile)
         set_momentum(optimizer, plan, warmup, at.step, args.warmup_momentum, args.momentum)
         orphaned = dist.is_initialized() and os.getppid() != parent  # torchrun itself was killed
         size = random_size(args.image_size, args.multi_scale, args.seed, at.step + at.skipped)

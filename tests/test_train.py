@@ -934,6 +934,34 @@ def test_micro_batches_of_unequal_size_are_one_batch(small):
     assert torch.dist(*gradients) <= 1e-12 * gradients[0].norm()
 
 
+def test_a_compiled_network_is_traced_anew_when_a_part_freezes_or_thaws(monkeypatch):
+    times = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: times.append(epoch))
+    model = YoloNasPose("n")
+    flat_gradients([p for p in model.parameters() if p.requires_grad], 1)
+    for epoch in range(5):
+        freeze(model, {"backbone": 1, "neck": -2, "bn": 0}, epoch, 5, compiled=True)
+        freeze(model, {"backbone": 1, "neck": -2, "bn": 0}, epoch, 5, compiled=True)
+    assert times == [0, 1, 3]
+    freeze(model, {}, epoch, 5)
+    assert times == [0, 1, 3]  # without --compile, nothing is traced
+
+
+@pytest.mark.long
+def test_a_compiled_backbone_learns_once_it_thaws():
+    """With all norms frozen, torch 2.6 would go on with the graph of the frozen backbone."""
+    model = YoloNasPose("n")
+    flat, _ = flat_gradients([p for p in model.parameters() if p.requires_grad], 1)
+    model.compile(fullgraph=True, backend="aot_eager")
+    for epoch in (0, 1):
+        freeze(model, {"backbone": 1, "bn": 0}, epoch, 2, compiled=True)
+        flat.zero_()
+        out = model(torch.rand(1, 3, 64, 64))
+        (out.box_logits.square().mean() + out.kpt_offsets.square().mean()).backward()
+        moved = [p.piece.any() for p in model.backbone.parameters() if hasattr(p, "piece")]
+        assert any(moved) == bool(epoch)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_compiled_training_is_eager_training(dtype, tmp_path):
