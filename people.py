@@ -1,12 +1,10 @@
 """The built-in data set: drawn people in COCO's file format, for a first run without a download.
-`python people.py DIR --train 64 --val 24` writes DIR/train2017, DIR/val2017 and DIR/annotations.
+`python -c 'import people; people.draw_dataset("DIR", 64, 24)'` draws another one, see draw_dataset.
 Points    complex numbers x + iy, y down, on a canvas OVERSAMPLE times finer than the image
 Polygons  (color, points), back to front. In a mask: 0 background, i = 1, 2, ... person, OCCLUDER
 """
-import argparse
 import json
 import os
-import sys
 import tempfile
 
 import numpy as np
@@ -183,24 +181,3 @@ def draw_dataset(root: str, train: int = 2000, val: int = 200, side: int = 128, 
         except OSError:
             if not os.path.isdir(root):  # else another process, which draws the same, was faster
                 raise
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("root", metavar="DIR", help="folder to create; must not exist")
-    for name, value, text in (("train", 2000, "images to train on"), ("val", 200, "to evaluate on"),
-                              ("side", 128, "side of an image, px"), ("seed", 0, "random seed")):
-        p.add_argument(f"--{name}", type=int, default=value, help=f"{text}; default: {value}")
-    args = p.parse_args()
-    if os.path.exists(args.root) or not args.root:
-        p.error(f"{args.root!r} exists, or is empty; give a new folder")
-    if min(args.train, args.val, args.seed + 1) < 1 or args.side < 16:
-        p.error("expected --train and --val from 1, --side from 16, --seed from 0 on")
-    try:
-        draw_dataset(**vars(args))
-    except OSError as error:
-        sys.exit(f"people.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -143,24 +143,6 @@ def test_the_files_are_complete_and_a_second_call_leaves_them_alone(tmp_path):
     assert [p.stat().st_mtime_ns for p in sorted(root.rglob("*"))] == before
 
 
-def test_the_command_draws_as_many_as_asked_for(tmp_path, monkeypatch, capsys):
-    root = tmp_path / "tiny"
-    monkeypatch.setattr("sys.argv", ["people.py", str(root), "--train", "3", "--side", "32"])
-    people.main()
-    assert [len(os.listdir(root / name)) for name in ("train2017", "val2017")] == [3, 200]
-    assert Image.open(root / "train2017" / "000001.jpg").size == (32, 32)
-    for flags, said in (([root], "exists, or is empty; give a new"), ([""], "'' exists, or is"),
-                        (["--val", 0, root / "a"], "--val from 1")):
-        monkeypatch.setattr("sys.argv", ["people.py", *map(str, flags)])
-        with pytest.raises(SystemExit, match="2"):
-            people.main()
-        assert said in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["people.py", str(root / "train2017" / "000001.jpg" / "a")])
-    with pytest.raises(SystemExit, match="people.py: .*000001.jpg"):
-        people.main()
-    assert os.listdir(tmp_path) == ["tiny"]
-
-
 def test_of_two_processes_that_draw_at_once_both_go_on(tmp_path, monkeypatch):
     root, real = tmp_path / "set", json.dump
 
