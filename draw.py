@@ -195,25 +195,6 @@ def svg_chart(series: dict[str, list[tuple[float, float]]], title: str, log2_x: 
             + "".join(parts) + "</svg>")
 
 
-def svg_column(charts: list[str]) -> str:
-    """Stack charts of one width into one SVG."""
-    out, y = "", 0
-    for chart in charts:
-        width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', chart).groups())
-        out += chart.replace("<svg ", f'<svg y="{y}" ', 1)
-        y += height
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" '
-            f'viewBox="0 0 {width} {y}">{out}</svg>\n')
-
-
-def svg_curves(curves: dict[str, list[tuple[float, float]]]) -> str:
-    """schedule.curves in one SVG: learning rates by optimizer step and, below them, momentum."""
-    rates = {name: points for name, points in curves.items() if name != "momentum"}
-    return svg_column([
-        svg_chart(rates, "learning rate by optimizer step", width=720),
-        svg_chart({"momentum": curves["momentum"]}, "momentum (Adam: beta1)", width=720)])
-
-
 def html_table(rows: list[dict]) -> str:
     """A table that scrolls inside its box, columns in the longest row's order; floats get four
     digits. Missing values and -1 (no people) are empty."""

@@ -173,9 +173,8 @@ def momentum_at(plan: Plan, warmup: WarmupEnd, step: int, start: float | None,
     return target if start is None else start + (target - start) * done
 
 
-def curves(scheduler: LambdaLR, plan: Plan, warmup: WarmupEnd, start: float | None,
-           target: float) -> dict[str, list[tuple[int, float]]]:
-    """About 1000 points (step, value) of each distinct learning rate, and of the momentum."""
+def curves(scheduler: LambdaLR, plan: Plan, warmup: WarmupEnd, args: argparse.Namespace) -> dict:
+    """Of lr and momentum (Adam: beta1): {curve: about 1000 points (step, value)}."""
     steps, found = range(0, plan.total_steps, max(plan.total_steps // 1000, 1)), {}
     for group, peak, share in zip(scheduler.optimizer.param_groups, scheduler.base_lrs,
                                   scheduler.lr_lambdas):
@@ -184,8 +183,8 @@ def curves(scheduler: LambdaLR, plan: Plan, warmup: WarmupEnd, start: float | No
             found[group["part"] + (" biases" if group["bias"] else "")] = points
     if len(found) == 1:
         found = {"all parts": points}
-    found["momentum"] = [(s, momentum_at(plan, warmup, s, start, target)) for s in steps]
-    return found
+    values = [momentum_at(plan, warmup, s, args.warmup_momentum, args.momentum) for s in steps]
+    return {"lr": found, "momentum": {"momentum": list(zip(steps, values))}}
 
 
 def set_momentum(optimizer: torch.optim.Optimizer, plan: Plan, warmup: WarmupEnd, step: int,

@@ -45,7 +45,7 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   CocoPose, DataError, Skeleton, check_files, describe, find_split, fingerprint,
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers, stream)
-from draw import Log, print_plan, say, svg_curves, write_file
+from draw import Log, print_plan, say, svg_chart, write_file
 from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, numbers,
                       quiet_coco, save_people, to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
@@ -951,8 +951,8 @@ def main() -> None:
             f"{device}, torch {torch.__version__}"))
         if args.dry_run:
             say("\n".join(describe(train_set, "to train on") + describe(val_set, "to evaluate")))
-            points = curves(scheduler, plan, warmup, args.warmup_momentum, args.momentum)
-            write_file(f"{args.out}/curves.svg", svg_curves(points))
+            for name, lines in curves(scheduler, plan, warmup, args).items():
+                write_file(f"{args.out}/{name}.svg", svg_chart(lines, f"{name} by step", width=720))
     if not args.resume:
         save()  # from here on --resume works
         if rank == 0:

@@ -1,5 +1,6 @@
 """Curves against closed forms, averages by hand, stopping by a script of numbers."""
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -71,9 +72,10 @@ def test_each_phase_at_its_start_middle_end_and_one_step_on(shape, decay):
             assert group["lr"] == pytest.approx(0.01 * value, rel=1e-9)
         rise = {0: 0, 20: middle}.get(step, 1)
         assert momentum_at(plan, WarmupEnd(40), step, 0.8, 0.9) == pytest.approx(0.8 + 0.1 * rise)
-    points = curves(scheduler, plan, WarmupEnd(40), 0.8, 0.9)
-    assert set(points) == {"neck", "neck biases", "momentum"}
-    assert points["neck"][20] == (20, pytest.approx(0.01 * want[20]))
+    points = curves(scheduler, plan, WarmupEnd(40), Namespace(warmup_momentum=0.8, momentum=0.9))
+    assert set(points["lr"]) == {"neck", "neck biases"} and set(points["momentum"]) == {"momentum"}
+    assert points["lr"]["neck"][20] == (20, pytest.approx(0.01 * want[20]))
+    assert points["momentum"]["momentum"][0] == (0, 0.8)
 
 
 def optimizer_of(groups: list[dict], kind: str = "adamw") -> torch.optim.Optimizer:

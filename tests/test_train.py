@@ -828,7 +828,7 @@ def test_a_dry_run_draws_and_trains_twenty_steps_and_leaves_no_run(small, monkey
         assert f"{use:14}{people} people labeled, 0 without" in said
     assert "  AP " not in said  # 20 steps complete 8 epochs
     assert sorted(p.name for p in (small / "dry").rglob("*")) == [
-        "curves.svg", "dry_run", "first_batch.jpg", "lock"]
+        "dry_run", "first_batch.jpg", "lock", "lr.svg", "momentum.svg"]
     assert not list((small / "people").glob("*.cache"))
 
 

@@ -8,6 +8,7 @@ OKS of the optimizer's best run.
 """
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from draw import svg_chart, svg_column
+from draw import svg_chart
 
 FLAGS = ["--image-size", "64", "--epochs", "1", "--batch-size", "16", "--lr-scale", "none",
          "--augment", "flip", "--ema-decay", "0.95", "--sigma-epochs", "1", "--eval-every", "1"]
@@ -31,6 +32,17 @@ def mean_oks(optimizer: str, lr: float, warmup: int, folder: str) -> float:
                    capture_output=True)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return next((line["OKS"] for line in lines if "OKS" in line), float("nan"))
+
+
+def svg_column(charts: list[str]) -> str:
+    """Stack charts of one width into one SVG."""
+    out, y = "", 0
+    for chart in charts:
+        width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', chart).groups())
+        out += chart.replace("<svg ", f'<svg y="{y}" ', 1)
+        y += height
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" '
+            f'viewBox="0 0 {width} {y}">{out}</svg>\n')
 
 
 def main() -> None:
