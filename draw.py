@@ -490,11 +490,6 @@ class Log:
         self.interval = self.ended
 
 
-# Numbers of data.Augment that have no effect while the probability behind them is 0.
-STRENGTHS = {"contrast_range": "contrast", "hsv_gain": "hsv", "degrees": "affine",
-             "scale": "affine", "translate": "affine"}
-
-
 def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: int,
            global_batch: int, steps: tuple[int, ...], device: str = "") -> Iterator[str]:
     """Warnings about likely mistakes in the arguments of print_plan."""
@@ -539,9 +534,7 @@ def print_plan(args: argparse.Namespace, source: dict[str, str], report: dict[st
     lines.append(f"command       {launcher} {shlex.join(sys.argv)}")
     groups = {origin: [(name, getattr(args, name)) for name in source if source[name] == origin]
               for origin in dict.fromkeys(source.values())}
-    augment = train_set.augment._asdict()
-    groups["augmentation"] = [(name, x) for name, x in augment.items()
-                              if augment[STRENGTHS.get(name, name)] or name not in STRENGTHS]
+    groups["augmentation"] = train_set.augment._asdict().items()
     for origin, values in groups.items():
         text = ", ".join(f"{name.replace('_', '-')} {x}" for name, x in values if x is not None)
         lines += textwrap.wrap(f"{origin:13} {text}" * bool(text), 100, break_on_hyphens=False,

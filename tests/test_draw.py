@@ -382,6 +382,33 @@ def test_a_keypoint_of_no_pair_is_green_whatever_its_name(name, flip, color):
     assert picture.getpixel((200, 200)) == color
 
 
+def test_lines_have_the_color_of_the_side_and_unlikely_keypoints_have_none():
+    """On 480 px, where nothing is enlarged; the third keypoint's score is 0.25, or 0.35."""
+    person = np.array([[[40, 40, 0.9], [40, 240, 0.9], [240, 240, 0.25]]])
+    pair = [[0, 1], [1, 2]]
+    for score, end in ((0.25, (0, 0, 0)), (0.35, draw.LEFT)):
+        person[0, 2, 2] = score
+        picture = draw.draw_people(Image.new("RGB", (480, 480)), np.array([[9, 9, 470, 470]]),
+                                   person, ["nose", "left_hip", "right_hip"], pair, [0, 2, 1], [1])
+        assert picture.getpixel((40, 140)) == draw.LEFT  # a green end takes the other one's color
+        assert picture.getpixel((140, 240)) == end       # of two sides, the first one's
+        assert (picture.getpixel((240, 240)) == draw.RIGHT) == (score > 0.3)
+
+
+def test_a_sheet_is_read_like_a_text():
+    colors = [(40 * i, 0, 0) for i in range(1, 6)]
+    sheet = draw.contact_sheet([Image.new("RGB", (10, 20), color) for color in colors])
+    assert sheet.size == (30, 40)  # 5 pictures, in rows of 3
+    shown = [sheet.getpixel((5 + 10 * x, 10 + 20 * y)) for y in (0, 1) for x in (0, 1, 2)]
+    assert shown == [*colors, (0, 0, 0)]
+
+
+def test_a_log_keeps_the_plans_of_earlier_starts():
+    log = Log(train.parse_args([]), 1, 4, 2, 2, ("cls",))
+    log.load_state_dict({"sums": [1.0, 2.0, 3.0], "steps": 1, "bytes": 0, "starts": ["a plan"]})
+    assert log.starts == ["a plan"]
+
+
 def test_the_score_stands_above_its_box_and_hides_no_keypoint():
     boxes, points = np.array([[99, 99, 300, 300.0]]), np.array([[[108.0, 106, 1], [250, 250, 1]]])
     first, second = (np.array(draw.draw_people(Image.new("RGB", (480, 480)), boxes, points,
@@ -512,16 +539,16 @@ def test_what_gains_most_is_named_first():
     assert "5 images, 2 of them without labeled people" in page
 
 
-def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch, tmp_path):
+def test_a_plan_says_how_it_was_started_and_all_that_was_set(monkeypatch, tmp_path):
     args = train.parse_args(["--out", str(tmp_path), "--freeze", "neck,backbone:2,bn:-3"])
     skeleton = Namespace(names=["nose"], flip=[0], sigmas=[0.05])
     report = {"loaded": 9 * ["b"], "in part": ["a"], "skipped": []}
-    for env, augment, want, absent in (
-            ({}, FLIP, "python train.py", ("degrees", "hsv-gain", "contrast-range")),
-            ({"LOCAL_WORLD_SIZE": "2"}, MOSAIC, "torchrun --standalone --nproc-per-node 2 train.py",
-             ()),
-            ({"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}, PLAIN._replace(affine=1.0),
-             "torchrun --nnodes 3 ... --nproc-per-node 2 train.py", ("hsv-gain",))):
+    for env, augment, want in (
+            ({}, FLIP, "python train.py"),
+            ({"LOCAL_WORLD_SIZE": "2"}, MOSAIC,
+             "torchrun --standalone --nproc-per-node 2 train.py"),
+            ({"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}, PLAIN._replace(degrees=9.0),
+             "torchrun --nnodes 3 ... --nproc-per-node 2 train.py")):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py"])
             for name, value in env.items():
@@ -529,8 +556,9 @@ def test_a_plan_says_how_it_was_started_and_only_what_has_an_effect(monkeypatch,
             source = train.fill_recipe(args)
             plan = draw.print_plan(args, source, report, Namespace(
                 skeleton=skeleton, augment=augment), (9, 9), (1, 16), (9, 0, 9, 0, 9), 0.1, "cpu")
-        assert f"command       {want}\n" in plan and not any(name in plan for name in absent)
-        assert ("degrees" in plan) == (augment.affine > 0)
+        assert f"command       {want}\n" in plan
+        for name, value in augment._asdict().items():
+            assert f"{name.replace('_', '-')} {value}" in " ".join(plan.split())
         assert "in part (the person, and the names that both share) 1: a" in plan
         for part, when in ("neck", "all epochs"), ("backbone", "the first 2 epoch(s)"), (
                 "bn", "the last 3 epoch(s)"):

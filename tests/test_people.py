@@ -70,6 +70,16 @@ def test_area_and_box_are_those_of_the_pixels_in_sight():
             np.testing.assert_allclose(ann["bbox"], box / people.OVERSAMPLE)
 
 
+def test_a_keypoint_is_a_pixels_index_and_visible_if_it_faces_us():
+    """By hand, 4 x 4 px: the person fills the middle 2 x 2, from canvas pixel 3 to 9."""
+    mask = Image.new("L", [4 * people.OVERSAMPLE] * 2)
+    mask.paste(1, (3, 3, 9, 9))
+    joints = np.array([4.5 + 7.5j, 4.5 + 7.5j, 1.5 + 4.5j, -1 + 4j] + 13 * [20 + 20j])
+    ann = people.annotate(mask, 1, joints, np.array([True, False] + 15 * [True]))
+    assert ann["keypoints"] == [1, 2, 2, 1, 2, 1, 0, 1, 1, 0, 0, 0] + 39 * [0]
+    assert (ann["bbox"], ann["area"], ann["num_keypoints"]) == ([1, 1, 2, 2], 4, 3)
+
+
 def test_the_image_shows_the_face_where_the_keypoints_are():
     """Pupils are nearly black and noses are not, so labels that left the picture fail."""
     contrast = []
