@@ -155,7 +155,8 @@ def main() -> None:
         if broken.process.poll() not in (None, 0):
             broken.start()
         for run in (alone, broken) if time.monotonic() >= next_fault else ():
-            if run.process.poll() is None and len(run.ranks()) == 2:
+            # 2: a trainer and its loader; an evaluation has a loader of its own, of 0.7 GB
+            if run.process.poll() is None and len(run.ranks()) == len(family(run.ranks()[0])) == 2:
                 costs[run.out.name].append(run.costs())
         if time.monotonic() >= next_fault:
             next_fault += args.every
