@@ -3,6 +3,7 @@
     python tests/bench.py                                    # on drawn people, network N at 320 px
     python tests/bench.py --data coco --image-size 640       # the loader, on real images
     python tests/bench.py --json figures.json --amp bf16 --compile
+    python tests/bench.py --only scale                       # what grows with the data; Linux
 
 On a CPU: one thread, process CPU time, the least of interleaved rounds, in ms and in units: a unit
 is one 3x3 convolution of 64 to 64 channels on 4 x 64 x 80 x 80, forward and backward, in the same
@@ -11,7 +12,9 @@ rounds. On a GPU: wall-clock time after synchronizing.
 import argparse
 import copy
 import json
+import multiprocessing
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
-from data import (MOSAIC, MOSAIC_HEAVY, PLAIN, CocoPose, find_split, flatten, read_json,
-                  read_skeleton)
+from data import (MOSAIC, MOSAIC_HEAVY, PLAIN, CocoPose, find_split, flatten, make_loader,
+                  read_json, read_skeleton, stream)
 from evaluate import to_input
 from loss import TERMS, PoseLoss
 from model import SIZES, YoloNasPose, decode
@@ -171,6 +174,47 @@ def loader_rates(data: str, size: int, rounds: int) -> dict[str, float]:
     return {name: len(seconds) / sum(seconds.values()) for name, seconds in least.items()}
 
 
+def scale_figures() -> None:
+    """What grows with the number of images: the time to read a json in which each has a person,
+    the memory of a loader process, and what a training sample costs. All records name one file."""
+    sets, best = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_dataset(f"{folder}/one", 1, 1)
+        one = read_json(find_split(f"{folder}/one", "train2017")[0])
+        image, person = one["images"][0], one["annotations"][0]
+        for images in (1_000, 10_000, 118_287):
+            Path(f"{folder}/{images}.json").write_text(json.dumps({
+                "categories": one["categories"],
+                "images": [{**image, "id": i} for i in range(images)],
+                "annotations": [{**person, "id": i, "image_id": i} for i in range(images)]}))
+            start = time.process_time()
+            labels = read_json(f"{folder}/{images}.json")
+            annotations, skeleton = flatten(labels), read_skeleton(labels)
+            seconds = time.process_time() - start
+            del labels
+            sets[images] = CocoPose(annotations, f"{folder}/one/train2017", skeleton, 320, "center",
+                                    MOSAIC)
+            samples = iter(make_loader(sets[images], stream(images, 0, 1), 1, torch.device("cpu")))
+            for _ in range(50):
+                next(samples)
+            worker, = multiprocessing.active_children()
+            kb = dict(line.split()[:2] for line in open(f"/proc/{worker.pid}/smaps_rollup"))
+            own = (int(kb["Private_Clean:"]) + int(kb["Private_Dirty:"])) / 1000
+            print(f"{images:6} images: json read in {seconds:.2f} s; a loader process takes "
+                  f"{int(kb['Rss:']) / 1000:.0f} MB with torch in it, {own:.0f} MB of its own")
+            worker.kill()
+            worker.join()
+        for i in range(12 * 40):  # 40 samples, the least time of each; sets in turn
+            for images, dataset in sets.items():
+                start = time.process_time()
+                dataset[0, i % 40]
+                spent = time.process_time() - start
+                best[images, i % 40] = min(spent, best.get((images, i % 40), spent))
+    for images in sets:
+        ms = 1000 / 40 * sum(best[images, i] for i in range(40))
+        print(f"{images:6} images: {ms:.2f} ms a sample")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", metavar="DIR", help="COCO root; default: people drawn by people.py")
@@ -181,11 +225,15 @@ def main() -> None:
     p.add_argument("--amp", choices=list(train.AMP_DTYPES), default="no")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--rounds", type=int, default=12, help="default: 12")
-    p.add_argument("--only", choices=["loader", "step", "inference"], help="default: all three")
+    p.add_argument("--only", choices=["loader", "step", "inference", "scale"],
+                   help="default: the first three")
     p.add_argument("--json", metavar="FILE", help="write the figures")
     args = p.parse_args()
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
+    if args.only == "scale":
+        scale_figures()
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = {"unit": unit(device)}
     if args.only in (None, "step"):
