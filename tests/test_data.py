@@ -159,10 +159,11 @@ def test_colors_change_as_often_and_as_far_as_they_say():
     """By what each change leaves alone: contrast the mean's hue, hue and saturation gray."""
     off, n = Augment(contrast=0, hsv=0, bgr=0), 2000
     mean, gray, red = np.array([90.0, 120, 60]), np.array([50.0, 50, 50]), np.array([200.0, 0, 0])
+    image = np.tile(mean[:, None, None], (1, 20, 20))
 
     def matrices(**changes):
         rng = np.random.default_rng(0)
-        return np.array([data.random_color(mean, rng, off._replace(**changes)) for _ in range(n)])
+        return np.array([data.random_color(image, rng, off._replace(**changes)) for _ in range(n)])
 
     def spread(values, low, high):
         assert np.quantile(values, [0, 0.5, 1]) == pytest.approx(
@@ -443,13 +444,15 @@ def slow_warp(image, matrix, region, size, color):
 @pytest.mark.parametrize("matrix", [
     data.matrix3(1.3, 0.2, -9, -0.1, 0.9, 12), data.matrix3(0.7, 0, 5.3, 0, 0.7, 2),
     data.matrix3(1, 0, 7, 0, 1, 3), data.matrix3(-1, 0, 40, 0, 1, -2),
-    data.matrix3(1.6, 0, -8.36, 0, 1.6, -7.16)])
+    data.matrix3(1.6, 0, -8.36, 0, 1.6, -7.16),
+    data.matrix3(1.3, 0, 3, 0, 1.3, 1), data.matrix3(0.7, 0, 4, 0, 0.7, 2)])
 def test_pixels_are_those_of_the_slow_version(matrix, color):
-    image = np.random.default_rng(0).integers(256, size=(30, 37, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(256, size=(33, 38, 3), dtype=np.uint8)
     region, canvas = np.array([3.2, 1.0, 41.0, 33.6]), data.blank(48)
     data.warp(canvas, image.transpose(2, 0, 1), matrix, region, color)
     want = slow_warp(image, matrix, region, 48, np.eye(3, 4) if color is None else color)
-    assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= 0.51
+    twice = color is None and not (matrix % 1)[:, 2].any()  # rounded, after x and after y
+    assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= (1.01 if twice else 0.51)
 
 
 @pytest.mark.parametrize("pad", PAD_MODES)
