@@ -23,6 +23,7 @@ import sys
 import time
 import timeit
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -541,7 +542,9 @@ def open_split(path: str, folder: str, file: dict, masks: bool = False) -> tuple
 
 def check_places(p: argparse.ArgumentParser, written: list, read: list, new: str = "") -> None:
     """Exit with code 2 and one line if one of `written` cannot become a file, or is written twice,
-    or is one of `read`. None stands for no path; the folder `new` will be made."""
+    or is one of `read`, or if `new` cannot become a folder. None stands for no path."""
+    if any(map(os.path.isfile, (new, *Path(new).parents))):
+        p.error(f"--out {new} is a file, or in one; expected the name of a folder")
     taken = {os.path.realpath(path) for path in read if path}
     for path in filter(None, written):
         folder = os.path.dirname(path) or "."

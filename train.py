@@ -46,8 +46,8 @@ from data import (COCO_NAMES, FLIP, MOSAIC, MOSAIC_HEAVY, PAD_MODES, PLAIN, Augm
                   flatten, make_loader, random_size, read_json, read_skeleton, resize,
                   stop_workers, stream)
 from draw import Log, print_plan, say, svg_chart, write_file
-from evaluate import (check_names, evaluate, extremes, from_rank_0, gather, load_model, numbers,
-                      quiet_coco, save_people, to_input, val_batches)
+from evaluate import (check_names, check_places, evaluate, extremes, from_rank_0, gather,
+                      load_model, numbers, quiet_coco, save_people, to_input, val_batches)
 from loss import DISTILL_TERMS, MASK_TERMS, LossWeights, PoseLoss
 from model import (SIZES, YoloNasPose, decode, load_file, load_last, load_weights, save_last,
                    sync_batch_norm, write_atomically)
@@ -291,6 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"without --data all of --train-json, --train-images, --val-json and --val-images "
                 f"are needed; --{missing[0].replace('_', '-')} is missing")
     args.out = args.out or OUT  # already here: --resume reads the run there
+    check_places(p, [], [], new=args.out)
     args.out += "/dry_run" if args.dry_run else ""
     return args
 

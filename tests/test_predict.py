@@ -186,6 +186,8 @@ def test_nothing_replaces_what_is_read(weights, tmp_path, monkeypatch, capsys):
         assert code == 1 and "could replace" in err
     code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--results", weights)
     assert code == 2 and "is read, or written twice" in err
+    code, _, err = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out", weights)
+    assert code == 2 and "is a file, or in one" in err
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     p = argparse.ArgumentParser()

@@ -488,7 +488,7 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "sigmas [0.1, 0.2] for 17 keypoints"),
     (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "--warmup 2 is 2 steps, of a run"),
     (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
-    (["--data", "PEOPLE", "--out", __file__ + "/run"], 1, "Not a directory"),
+    (["--data", "PEOPLE", "--out", __file__ + "/run"], 2, "is a file, or in one; expected the"),
     (["--epoch", "2", "--lr-shape", "x"], 2, "unrecognized arguments: --lr-shape x"),
 ])
 def test_a_wrong_flag_gets_one_line_of_advice(small, tmp_path, monkeypatch, capsys, flags, code,
