@@ -197,7 +197,7 @@ FLAGS = {
         ("sigma-epochs", float, None, "epochs until the tolerance has shrunk to sigma"),
         ("amp", tuple(AMP_DTYPES), "no", "autocast type; no: float32, but TF32 in a GPU's "
          "convolutions, PyTorch's default"),
-        ("compile", bool, False, "torch.compile the network: minutes to start, then 5 to 20 % "
+        ("compile", bool, False, "torch.compile the network: minutes to start, then 5 to 20 %% "
          "faster in bf16 on a CPU, no faster on a GPU at 96 px, untried there at larger sizes"),
         ("double", bool, False, "train in float64: slow, to check equivalences"),
         ("freeze", epochs_of, {}, "freeze backbone, neck or bn (all norms) for the first epochs "

@@ -17,6 +17,8 @@ from PIL import Image
 
 import bench
 import evaluate
+import export
+import predict
 import train
 from data import (COCO_NAMES, FLIP, MOSAIC_HEAVY, CocoPose, DataError, Skeleton, collate, flatten,
                   random_size, read_json, read_skeleton)
@@ -24,7 +26,6 @@ from evaluate import load_model
 from loss import TERMS, LossWeights, PoseLoss
 from model import YoloNasPose, decode
 from people import draw_dataset
-from predict import predict
 from schedule import EMA, WarmupEnd, make_optimizer, param_groups
 from test_distributed import run_here
 from train import (DEMO, RECIPES, cut_batch, epochs_of, fill_recipe, flat_gradients, freeze, main,
@@ -369,7 +370,7 @@ def test_evaluate_repeats_the_numbers_of_the_run_and_predict_its_people(small, m
 
     model, file = load_model(str(small / "run" / "last.pt"))  # from Python, as the README says
     image = Image.open(small / "people" / "val2017" / "000003.jpg")
-    (boxes, scores, keypoints), = predict(model, file, [image], conf=0.01)
+    (boxes, scores, keypoints), = predict.predict(model, file, [image], conf=0.01)
     written = [r for r in found if r["image_id"] == 3]
     assert len(scores) == len(written) == len(boxes) > 0
     for row, score, result in zip(keypoints, scores, written):
@@ -449,6 +450,14 @@ def refusal(monkeypatch, capsys, flags: list, code: int) -> str:
     message = str(end.value)  # of sys.exit(message), which means code 1
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("script", [train, evaluate, predict, export], ids=lambda s: s.__name__)
+def test_help_is_printed(script, monkeypatch, capsys):
+    """argparse formats the help texts only here: a bare % would be a traceback."""
+    with pytest.raises(SystemExit, match="^0$"):
+        here(monkeypatch, capsys, script, "--help")
+    assert "--weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, code, message", [
