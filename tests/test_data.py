@@ -455,6 +455,17 @@ def test_pixels_are_those_of_the_slow_version(matrix, color):
     assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= (1.01 if twice else 0.51)
 
 
+@pytest.mark.parametrize("size, zoom", [((8, 40), 0.97), ((40, 8), 0.97), ((3, 3), 0.4),
+                                        ((8, 40), 1.03), ((3, 40), 0.4), ((1, 1), 40.0)])
+def test_images_are_resized_well_if_a_side_stays_or_is_1_px(size, zoom):
+    image = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
+    matrix, canvas = data.matrix3(zoom, 0, 0, 0, zoom, 0), data.blank(48)
+    region = zoom * np.array([0, 0, *size[::-1]])
+    data.warp(canvas, image.transpose(2, 0, 1).copy(), matrix, region)
+    want = slow_warp(image, matrix, region, 48, np.eye(3, 4))
+    assert np.abs(canvas.permute(1, 2, 0).numpy() - want).max() <= 1.01
+
+
 @pytest.mark.parametrize("pad", PAD_MODES)
 def test_masks_lie_on_their_people_through_everything_random(tmp_path, pad):
     """People are red: the image says where the mask must be, mosaic tiles and mixup included."""
