@@ -116,6 +116,8 @@ def faults(coco: dict) -> Iterator[str]:
     if not isinstance(coco, dict) or not all(isinstance(coco.get(what), list) for what in RECORDS):
         yield ("expected the lists images, annotations and categories of COCO's format; export "
                "your labels as COCO keypoints")
+    if not coco["images"]:
+        yield "its list of images is empty; was another subset exported?"
     for what, kinds in RECORDS.items():
         seen = set()
         for record in coco[what]:

@@ -510,7 +510,8 @@ def doubts(report: dict[str, list], skeleton, args: argparse.Namespace, images: 
     if alone or args.flip_pairs is None and not any(pair) and len(pair) > 1:
         some = ", ".join(alone[:3]) + " ..." * (len(alone) > 3)
         what = f"{some}: in no pair." if alone else "is there no left and right?"
-        yield f"{what} Name all pairs in --flip-pairs A:B,C:D, or mirrored images teach wrong sides"
+        yield (f"{what} Name all pairs in --flip-pairs A:B,C:D, or, where one has no twin, give "
+               f"--flip 0: mirrored images teach wrong sides")
     if args.amp == "fp16" and device.startswith("cpu"):
         yield "fp16 is for GPUs: on a CPU it is slow, and skips its first steps; use bf16 or no"
     if {*skeleton.sigmas} == {0.05}:

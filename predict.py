@@ -144,8 +144,8 @@ def main() -> None:
     if args.sheet and sheet:
         save_picture(os.path.join(args.out, "sheet.jpg"), contact_sheet(
             [ImageOps.pad(picture, (480, 480)) for picture in sheet], 4), quality=88)
-    hint = "" if results or not best else f" (--conf is {args.conf}, the best score {best:.3f})"
-    print(f"{len(results)} people in {len(files) - bad} images{hint}; pictures in {args.out}")
+    hint = f"--conf {args.conf}" + f", the best score {best:.3f}" * (best > 0 and not results)
+    print(f"{len(results)} people in {len(files) - bad} images ({hint}); pictures in {args.out}")
     if bad:
         sys.exit(f"predict.py: {bad} of {len(files)} files cannot be read; they are named above")
 

@@ -732,6 +732,7 @@ def with_category(**changes) -> dict:
 @pytest.mark.parametrize("content, message", [
     ([], "expected the lists images, annotations and categories"),
     ({"images": []}, "expected the lists images, annotations and categories"),
+    (labels([], []), "its list of images is empty"),
     ({**labels([IMAGE], []), "annotations": {}}, "expected the lists images, annotations and cat"),
     ({**labels([IMAGE], []), "categories": [{"id": 1, "name": "cat"}]}, "instances_"),
     ({**labels([IMAGE], []), "categories": 2 * with_category()["categories"]},

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from data import COCO_NAMES
-from model import (BINS, SIZES, Bottleneck, CSPLayer, QARepVGG, RawOutput, YoloNasPose, decode,
-                   load_weights, make_anchors, read_weights)
+from model import (BINS, KEYPOINT_ROWS, SIZES, Bottleneck, CSPLayer, QARepVGG, RawOutput,
+                   YoloNasPose, decode, load_weights, make_anchors, read_weights)
 from reference import INPUTS, committed, full, image, official_shapes, official_state
 
 STEM = "backbone.stem.conv"
@@ -41,6 +41,15 @@ def assert_reference(model: nn.Module, dump: dict, rows: slice = slice(None)) ->
     for name, want in trained.items():
         got = model.state_dict()[name.removeprefix("train_a_bn/")]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_every_layer_that_depends_on_the_keypoints_is_in_the_table(mask):
+    """Fine-tuning on other keypoints keeps the shared rows of these alone."""
+    with torch.device("meta"):
+        few, more = (YoloNasPose("n", k, mask=mask).state_dict() for k in (5, 7))
+    layers = {name.split(".")[-2] for name in few if few[name].shape != more[name].shape}
+    assert layers == set(KEYPOINT_ROWS)
 
 
 def test_n_is_the_reference(model_n):

@@ -144,9 +144,9 @@ def test_results_are_cocos(weights, tmp_path, monkeypatch, capsys):
          tmp_path / "fewer.json", "--conf", "0.1", "--iou", "0.1")
     assert len(json.loads((tmp_path / "fewer.json").read_text())) < len(results)
     scores = sorted(r["score"] for r in results)
-    for conf, said in ((scores[5], f"{len(scores) - 5} people in 2 images;"),
-                       (1, f"0 people in 2 images (--conf is 1.0, the best score {scores[-1]:.3f}")
-                       ):
+    for conf, said in (
+            (scores[5], f"{len(scores) - 5} people in 2 images (--conf {scores[5]});"),
+            (1, f"0 people in 2 images (--conf 1.0, the best score {scores[-1]:.3f})")):
         _, out, _ = call(monkeypatch, capsys, "--weights", weights, tmp_path, "--out",
                          tmp_path / "o", "--conf", conf)
         assert said in out

@@ -90,7 +90,7 @@ def test_text_labels_become_a_json(here, visibility):
         for a in coco["annotations"]:
             a["keypoints"][:3] = 0, 0, 0
         Path(f"{part}_labels.json").write_text(json.dumps(coco))
-        images, labels = here / "images" / part, here / "labels" / part
+        images, labels = (here / kind / part / "session" for kind in ("images", "labels"))
         for folder in (images, labels):
             folder.mkdir(parents=True, exist_ok=True)
         for image in coco["images"]:
@@ -110,6 +110,8 @@ def test_text_labels_become_a_json(here, visibility):
     exec(text, {})
     for part in ("train", "val"):
         got, want = people_of(f"{part}.json"), people_of(f"{part}_labels.json")
+        for image in read_json(f"{part}.json")["images"]:
+            assert (here / "images" / part / image["file_name"]).is_file()
         if not visibility:
             want[:, 6::3] = 2.0 * (want[:, 6::3] > 0)
         np.testing.assert_allclose(got, want, atol=1e-4)
