@@ -168,6 +168,12 @@ def distance(a: Path, b: Path) -> float:
                               if t.is_floating_point()]) for p in (a, b)))
 
 
+def assert_same_model(a: Path, b: Path) -> None:
+    """But for rounding. In the bias of a norm, 0 at first and with next to no gradient, Adam makes
+    more of it than the long test's gentle rates do: 9e-10 of its norm in 5 steps were seen."""
+    assert distance(a, b) <= 1e-10 and largest_difference(a, b)[0] <= 1e-8
+
+
 def same_run(a: Path, b: Path) -> None:
     """Weights, averages, optimizer, best.pt and the log are equal, but for what the clock says."""
     names = [{file.name for file in p.glob("*.pt")} for p in (a, b)]
@@ -276,7 +282,7 @@ def test_two_processes_train_the_model_of_one(data, tmp_path):
     one, two = tmp_path / "1x4", tmp_path / "2x2"
     run_of(data, one, 1, 4, 1, "--double")
     run_of(data, two, 2, 2, 1, "--double", "--sync-check", "2", patch=SEEDS)
-    assert largest_difference(two, one)[0] <= 1e-10
+    assert_same_model(two, one)
     seeds = re.findall("step seed ([0-9]+)", (two / "said").read_text())
     assert len(seeds) == len(set(seeds)) == 10  # of 5 steps: a Dropout differs on each process
     logs = [(p / "log.jsonl").read_text().splitlines() for p in (one, two)]
@@ -291,7 +297,7 @@ def test_accumulation_is_a_larger_batch(data, tmp_path):
     one, two = tmp_path / "1x4", tmp_path / "1x2x2"
     run_of(data, one, 1, 4, 1, "--double", "--freeze", "bn")
     run_of(data, two, 1, 2, 2, "--double", "--freeze", "bn")
-    assert largest_difference(two, one)[0] <= 1e-10
+    assert_same_model(two, one)
 
 
 # Each patch changes train.py (module t) before main() runs.
@@ -500,7 +506,7 @@ t.Log.step = step""")
     said = train("--out", tmp_path / "moved", "--resume", "--max-steps", 7)
     assert "4 images x 1 processes x 1 micro-batches = 4" in said
     assert checkpoint(tmp_path / "moved")["step"] == 7
-    assert largest_difference(tmp_path / "moved", one)[0] <= 1e-10
+    assert_same_model(tmp_path / "moved", one)
 
 
 def test_one_process_skips_steps_that_are_not_finite(data, tmp_path, monkeypatch):
@@ -558,7 +564,7 @@ def test_out_of_memory_leaves_a_smaller_micro_batch_to_go_on_with(data, tmp_path
     said = train("--resume", *flags, patch=OUT_OF_MEMORY)
     assert "1 images x 1 processes x 4 micro-batches = 4" in said
     assert "peak lr       1.00e-03" in said
-    assert largest_difference(tmp_path / "little", one)[0] <= 1e-10
+    assert_same_model(tmp_path / "little", one)
 
 
 @pytest.mark.long
