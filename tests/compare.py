@@ -3,10 +3,10 @@
     python tests/compare.py runs/a runs/b        # their last.pt; or two files of one kind
 
 Says how many tensors differ by at least a bit, which of the network's differs most (the norm of the
-difference as a share of the tensor's norm), and how far all of these, laid end to end, are apart.
-The exit code is 1 if any tensor differs. In float32, rounding drives runs of another number of
-processes apart, the more the longer they are: compare these with --double, where the weights of
-some steps are less than 1e-9 of their norm apart.
+difference as a share of the tensor's norm), how far all of these, laid end to end, are apart, and
+whether that is rounding. The exit code is 1 if any tensor differs. In float32, rounding drives runs
+of another number of processes or threads apart, the more the longer they are: compare these with
+--double, where the weights of some steps are less than 1e-9 of their norm apart.
 """
 import sys
 from pathlib import Path
@@ -48,8 +48,12 @@ def report(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[str,
         weights = [n for n in a if n.startswith("model/") and a[n].is_floating_point()]
         worst = max(weights, key=lambda name: apart(a[name], b[name]))
         both = [torch.cat([state[n].flatten() for n in weights]) for state in (a, b)]
+        all_apart = apart(*both)
         text += (f"; of the weights most {worst}, by {apart(a[worst], b[worst]):.2g} of its norm, "
-                 f"and all by {apart(*both):.2g}")
+                 f"and all by {all_apart:.2g}: ")
+        text += ("equal but for rounding" if all_apart < 1e-9 else
+                 "more than rounding does in a few steps" if both[0].dtype == torch.float64 else
+                 "in float32 rounding alone can do that; to be sure, compare runs with --double")
     return text, not wrong
 
 

@@ -392,8 +392,12 @@ def test_two_checkpoints_are_compared_tensor_by_tensor():
                  "optimizer": {"state": [{"m": torch.zeros(2)}]}, "step": 3})
     assert report(a, {**a}) == ("3 tensors, 0 differ", True)
     text, equal = report({**a, "model/w": torch.tensor([3.0, 4.5])}, a)
-    assert not equal and text == ("3 tensors, 1 differ, like model/w; of the weights most "
-                                  "model/w, by 0.1 of its norm, and all by 0.1")
+    assert not equal and text.startswith("3 tensors, 1 differ, like model/w; of the weights most "
+                                         "model/w, by 0.1 of its norm, and all by 0.1: in float32")
+    wide = {"model/w": torch.tensor([3.0, 4.0], dtype=torch.float64)}
+    for factor, said in ((1.001, "by 0.001: more than rounding does in a few steps"),
+                         (1 + 1e-12, "by 1e-12: equal but for rounding")):
+        assert report({"model/w": factor * wide["model/w"]}, wide)[0].endswith(said)
     for other in ({**a, "model/w": torch.zeros(3)}, {"model/w": a["model/w"]}):
         assert report(a, other)[0].startswith(("1 tensors are not", "2 tensors are not"))
 
