@@ -138,8 +138,8 @@ def make_plan(args: argparse.Namespace, images: int,
     if args.warmup == "auto":
         warmup = min(warmup, total // cycles // 2)  # at most half a cycle
     if not 0 <= warmup < total / cycles:
-        raise ValueError(f"--warmup {args.warmup} is {warmup} steps, of a run of {total} with "
-                         f"{args.restarts} restarts; choose fewer, or train longer")
+        raise ValueError(f"--warmup {args.warmup} is {warmup} of {total} steps of {global_batch} "
+                         f"images, with {args.restarts} restarts; choose fewer, or train longer")
     drops = [epoch * images / global_batch for epoch in args.lr_steps]
     if args.schedule == "step" and not args.resume and max(drops, default=total) * cycles >= total:
         raise ValueError(f"--schedule step --lr-steps {args.lr_steps}: expected epochs below "

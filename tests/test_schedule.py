@@ -207,7 +207,7 @@ def test_a_warmup_that_no_cycle_can_hold_is_refused():
     fill_recipe(args)
     assert make_plan(args, 100, 10)[1].warmup == 12  # of cycles of 13 1/3 steps
     args.restarts = 3
-    with pytest.raises(ValueError, match="12 steps, of a run of 40 with 3 restarts"):
+    with pytest.raises(ValueError, match="is 12 of 40 steps of 10 images, with 3 restarts"):
         make_plan(args, 100, 10)
 
 

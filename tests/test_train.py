@@ -495,7 +495,7 @@ def test_help_is_printed(script, monkeypatch, capsys):
     (["--mosaic", "2"], 2, "--mosaic 2.0 must lie in 0 to 1"),
     (["--workers", "-1"], 2, "--workers -1 must be 0 or more"),
     (["--data", "PEOPLE", "--sigmas", "0.1,0.2"], 1, "sigmas [0.1, 0.2] for 17 keypoints"),
-    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "--warmup 2 is 2 steps, of a run"),
+    (["--data", "PEOPLE", "--epochs", "2", "--warmup", "2"], 1, "--warmup 2 is 2 of "),
     (["--data", "PEOPLE", "--out", "RUN"], 1, "already holds a run"),
     (["--data", "PEOPLE", "--out", __file__ + "/run"], 2, "is a file, or in one; expected the"),
     (["--epoch", "2", "--lr-shape", "x"], 2, "unrecognized arguments: --lr-shape x"),
