@@ -314,7 +314,8 @@ def fill_recipe(args: argparse.Namespace) -> dict[str, str]:
         ("machine", True, {"workers": min(max(share - 1, 1), 8)}))
     source = {}
     for name in defaults:
-        source[name] = "flag" if name in args.given else "saved" if args.resume else "default"
+        kept = "divided anew" if name in ("batch_size", "accumulate") else "saved"  # see cut_batch
+        source[name] = "flag" if name in args.given else kept if args.resume else "default"
         if getattr(args, name) is None:
             source[name], row = next((origin, row) for origin, applies, row in reversed(rows)
                                      if applies and name in row)

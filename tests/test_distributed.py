@@ -626,6 +626,7 @@ def test_resume_mends_what_is_damaged_and_refuses_what_would_be_another_run(data
     assert "renamed to last.pt.damaged" in said and "1 done, 2 now" in said
     assert "2 images x 1 processes x 2 micro-batches = 4" in said
     assert "accumulate 2" in [line for line in said.splitlines() if line.startswith("flag ")][-1]
+    assert "\ndivided anew  batch-size 2\n" in said
     assert checkpoint(out)["step"] == 3 and (out / "last.pt.damaged").exists()
     (out / "last.pt").write_bytes(b"")
     with pytest.raises(SystemExit, match="--lr 0.1 differs from the 0.002"):
