@@ -1023,10 +1023,8 @@ def guarded_main() -> None:
         main()
     except DataError as error:
         sys.exit(f"train.py: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        sys.exit(f"train.py: {error}; make room, then go on with --resume")
+    except OSError as error:  # mostly a full disk
+        sys.exit(f"train.py: {error}; make room, or mend what it names, then go on with --resume")
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             sys.exit(f"train.py: another process of this run is gone or stuck; --resume (torchrun "

@@ -240,6 +240,14 @@ def flags_for(data: Path, out: Path, *more) -> list:
             "--eval-every", "9", *more]
 
 
+def test_a_folder_that_is_removed_while_it_trains_is_named(data, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match="No such file.*run/.*mend what it names") as stopped:
+        run_here(*flags_for(data, out, "--epochs", 2, "--workers", 0), after=1,
+                 then=lambda: shutil.rmtree(out))
+    assert "\n" not in str(stopped.value)
+
+
 def test_a_full_disk_a_dead_loader_and_a_closed_terminal_lose_nothing(data, tmp_path, capsys):
     """Each ends the run, in one line where it can be seen; it goes on to an unbroken run's bits."""
     out = tmp_path / "run"
