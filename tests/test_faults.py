@@ -28,7 +28,7 @@ from PIL import Image
 import train
 from data import (COCO_NAMES, MOSAIC, MOSAIC_HEAVY, PAD_MODES, UNREADABLE, CocoPose, DataError,
                   collate, flatten, open_image, read_json, read_skeleton)
-from evaluate import load_model
+from evaluate import load_model, numbers
 from loss import PoseLoss
 from model import YoloNasPose, decode, load_weights, write_atomically
 from people import draw_dataset
@@ -38,6 +38,12 @@ from test_distributed import FLAGS, ROOT, checkpoint, run_here, same_run
 JUNK = [None, -1, 0, 3, 0.5, "x", "", [], {}, [[]], True, math.nan, math.inf, -1e30, 1e308, 2**70,
         [1, 2], {"id": 1}, "../../x", 10**400]
 MODES = ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16", "F"]
+VALUES = {int: "-1 0 1 2 3 100 2147483648 9223372036854775808 1.5 x",
+          float: "nan inf -inf 1e-300 1e300 0 0.05 0.5 1 1.5 -0.1 x",
+          str: "nowhere 0 2 auto 3e nane 1e400 a:b left_eye:right_eye", numbers: "1 1,2 , 1,,2 nan",
+          train.factors: "backbone=0.1 neck=nan heads=-1 mask=2 x=1 = backbone=0,neck=0,heads=0",
+          train.epochs_of: "bn neck backbone:1 bn:-1 bn:0 x : backbone:-1,neck,bn"}
+FEW = "-1 0 1 2"  # for what takes its time if there are many
 
 
 # ---- noise ----
@@ -238,6 +244,27 @@ def data(tmp_path_factory) -> Path:
 def flags_for(data: Path, out: Path, *more) -> list:
     return ["--data", data, "--out", out, *FLAGS, "--batch-size", "2", "--save-every", "1",
             "--eval-every", "9", *more]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZ", 40)) // 2))
+def test_any_flags_train_or_are_refused_by_name(data, tmp_path, capsys, seed):
+    """One to five flags with random values: two steps whose weights are finite, or one line."""
+    rng = np.random.default_rng(seed)
+    given = ["--image-size", 32, "--batch-size", 2, "--workers", 0, "--epochs", 2, "--max-steps", 2]
+    rows = [row for group in train.FLAGS.values() for row in group if row[0] not in (
+        "data", "out", "model", "cache", "compile", "deterministic", "image-size")]
+    for i in rng.choice(len(rows), rng.integers(1, 6), replace=False):
+        name, kind, *_ = rows[i]
+        few = name in ("batch-size", "accumulate", "workers", "epochs")
+        values = kind if isinstance(kind, tuple) else (FEW if few else VALUES.get(kind, "")).split()
+        given += [f"--{name}" + (f"={rng.choice(values)}" if values else "")]
+    try:
+        run_here("--data", data, "--out", tmp_path / "run", *given)
+    except SystemExit as stopped:
+        said = stopped.code if stopped.code != 2 else capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("train.py: ") and "\n" not in said and len(said) < 600
+    for path in tmp_path.glob("run/*.pt"):
+        assert all(t.isfinite().all() for t in checkpoint(path.parent, path.name)["model"].values())
 
 
 def test_a_folder_that_is_removed_while_it_trains_is_named(data, tmp_path):
