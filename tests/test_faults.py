@@ -246,7 +246,7 @@ def flags_for(data: Path, out: Path, *more) -> list:
             "--eval-every", "9", *more]
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZ", 40)) // 2))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZ", 40)) // 4))
 def test_any_flags_train_or_are_refused_by_name(data, tmp_path, capsys, seed):
     """One to five flags with random values: two steps whose weights are finite, or one line."""
     rng = np.random.default_rng(seed)
